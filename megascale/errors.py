@@ -1,0 +1,26 @@
+"""The one kind of error a user may see: what was wrong, the rule it broke, and the remedy."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (config, files, cluster), never a bug of ours.
+
+    The command line prints it without a traceback and exits with code 2.
+
+    Args:
+        what: what was found, with the value or path that is wrong.
+        rule: the rule that it breaks.
+        remedy: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, rule: str = "", remedy: str = "") -> None:
+        lines = [what]
+        if rule:
+            lines.append(f"  rule:   {rule}")
+        if remedy:
+            lines.append(f"  remedy: {remedy}")
+        super().__init__("\n".join(lines))
+        self.what, self.rule, self.remedy = what, rule, remedy
