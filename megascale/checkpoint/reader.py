@@ -1,0 +1,169 @@
+"""Reading a checkpoint into any layout: each rank reads the byte ranges that it owns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+import xxhash
+
+from megascale.checkpoint.manifest import Piece, read_manifest, tensor_key
+from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.tensor_file import TensorFile
+from megascale.checkpoint.writer import RNG_KEY
+from megascale.errors import UserError
+from megascale.parallel.fragment import Fragment, global_runs
+
+_CHUNK = 16 * 1024 * 1024
+
+
+class CheckpointReader:
+    """One complete checkpoint folder, opened for reading.
+
+    Args:
+        path: the folder (local or any fsspec URL).
+
+    Raises:
+        UserError: the folder is not a complete checkpoint, or its manifest is damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.storage = Storage(path)
+        self.manifest = read_manifest(self.storage)
+        self._open: dict[str, TensorFile] = {}
+        self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        for piece in self.manifest.pieces:
+            for kind in piece.kinds:
+                self._pieces[piece.name, kind].append(piece)
+        self.bytes_read = 0
+
+    def damage(self, part: int = 0, parts: int = 1) -> str | None:
+        """What is wrong with the files of share `part` of `parts`, or None: sizes and checksums.
+
+        At scale every rank checks its share, so the whole is read once over all ranks.
+        """
+        for entry in self.manifest.files[part::parts]:
+            if not self.storage.exists(entry.path):
+                return f"{entry.path} is missing"
+            size = self.storage.size(entry.path)
+            if size != entry.bytes:
+                return f"{entry.path} has {size} bytes, the manifest says {entry.bytes}"
+            digest = xxhash.xxh3_128()
+            with self.storage.open_read(entry.path) as stream:
+                while block := stream.read(_CHUNK):
+                    digest.update(block)
+            if digest.hexdigest() != entry.xxh3_128:
+                return f"{entry.path} has another checksum than the manifest: its bytes changed"
+        return None
+
+    def require_intact(self) -> None:
+        """Raise a UserError when any file is damaged; reads every byte."""
+        reason = self.damage()
+        if reason:
+            raise UserError(
+                f"checkpoint {self.storage.root} is damaged: {reason}",
+                rule="every file must have the size and checksum that the manifest records",
+                remedy="use another checkpoint of the run",
+            )
+
+    def check_parameters(self, shapes: dict[str, tuple[int, ...]], kinds: tuple[str, ...]) -> None:
+        """Raise a UserError unless the checkpoint holds exactly these parameters and kinds."""
+        ours, theirs = set(shapes), set(self.manifest.parameters)
+        lines = [f"missing in the checkpoint: {name}" for name in sorted(ours - theirs)]
+        lines += [f"not in the model: {name}" for name in sorted(theirs - ours)]
+        for name in sorted(ours & theirs):
+            if tuple(shapes[name]) != tuple(self.manifest.parameters[name]):
+                theirs_shape = tuple(self.manifest.parameters[name])
+                lines.append(f"{name}: model {tuple(shapes[name])}, checkpoint {theirs_shape}")
+        lines += [
+            f"no optimizer state {kind!r}" for kind in kinds if kind not in self.manifest.kinds
+        ]
+        if lines:
+            shown = "\n    ".join(lines[:20])
+            raise UserError(
+                f"checkpoint {self.storage.root} does not fit this config:\n    {shown}",
+                rule="model and optimizer must be those that wrote it "
+                f"({len(lines)} differences; layout, ZeRO stage and engine may change)",
+                remedy="use the model and optimizer sections of the checkpoint's config.yaml",
+            )
+
+    def fill(self, fragment: Fragment) -> None:
+        """Read a fragment's values into its tensor, from whatever layout wrote them.
+
+        Raises:
+            UserError: some element is in no piece.
+        """
+        wanted = global_runs(fragment.global_shape, fragment.box, fragment.start, fragment.numel)
+        filled = 0
+        for piece in self._pieces[fragment.name, fragment.kind]:
+            filled += self._copy_overlap(fragment, wanted, piece)
+        if filled != fragment.numel:
+            raise UserError(
+                f"checkpoint {self.storage.root}: {fragment.kind} of {fragment.name} is incomplete",
+                rule=f"{fragment.numel} elements are needed, its pieces hold {filled} of them",
+                remedy="use another checkpoint; this one's manifest is damaged",
+            )
+
+    def rng_state(self, rank: int) -> torch.Tensor:
+        """torch's CPU generator state that `rank` had when the checkpoint was written."""
+        return self._file(f"rank_{rank:05d}.safetensors").read(RNG_KEY)
+
+    def attachment(self, path: str) -> bytes:
+        """Contents of a small file stored with the checkpoint."""
+        with self.storage.open_read(path) as stream:
+            return stream.read()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _file(self, path: str) -> TensorFile:
+        if path not in self._open:
+            if not self.storage.exists(path):
+                raise UserError(
+                    f"checkpoint {self.storage.root} is damaged: {path} is missing",
+                    rule="every file that the manifest lists must be there",
+                    remedy="use another checkpoint of the run",
+                )
+            stream = self.storage.open_read(path)
+            name = self.storage.path(path)
+            self._open[path] = TensorFile(stream, name, self.storage.size(path))
+        return self._open[path]
+
+    def _copy_overlap(
+        self, fragment: Fragment, wanted: tuple[np.ndarray, np.ndarray], piece: Piece
+    ) -> int:
+        """Copy what `piece` has of `fragment`; returns the number of elements copied."""
+        held = global_runs(fragment.global_shape, piece.box, piece.start, piece.numel)
+        into, source, lengths = _overlaps(wanted, held)
+        file = self._file(piece.file)
+        key = tensor_key(fragment.kind, fragment.name)
+        for begin, at, length in zip(into, source, lengths, strict=True):
+            values = file.read(key, int(at), int(length))
+            self.bytes_read += values.numel() * values.element_size()
+            fragment.tensor[int(begin) : int(begin) + int(length)].copy_(values)
+        return int(lengths.sum())
+
+
+def _overlaps(
+    wanted: tuple[np.ndarray, np.ndarray], held: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Common parts of two ascending lists of (global begin, length) runs.
+
+    Returns:
+        (position in the wanted fragment, position in the held piece, length) of each common part.
+    """
+    (w_begin, w_len), (h_begin, h_len) = wanted, held
+    w_at = np.cumsum(w_len) - w_len  # position of each run inside its own fragment
+    h_at = np.cumsum(h_len) - h_len
+    first = np.searchsorted(h_begin + h_len, w_begin, side="right")
+    last = np.searchsorted(h_begin, w_begin + w_len, side="left")
+    counts = np.maximum(last - first, 0)
+    w = np.repeat(np.arange(len(w_begin)), counts)
+    h = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[w]
+    begin = np.maximum(w_begin[w], h_begin[h])
+    end = np.minimum(w_begin[w] + w_len[w], h_begin[h] + h_len[h])
+    return w_at[w] + begin - w_begin[w], h_at[h] + begin - h_begin[h], end - begin

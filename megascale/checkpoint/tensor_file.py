@@ -1,0 +1,154 @@
+"""Streaming reader and writer of safetensors files.
+
+The format is the library's own (8-byte header length, JSON header, raw little-endian data); it is
+written here because the library can neither hash while writing nor read ranges through fsspec.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+import xxhash
+
+from megascale.errors import UserError
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_MAX_HEADER = 100_000_000
+_CHUNK = 16 * 1024 * 1024
+
+
+def write_tensors(stream: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+    """Write `tensors` (any device, made contiguous) and return (bytes written, xxh3_128 hex)."""
+    header: dict[str, dict[str, object]] = {}
+    offset = 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
+    written = 0
+    for block in (len(text).to_bytes(8, "little"), text):
+        digest.update(block)
+        written += stream.write(block)
+    for tensor in tensors.values():
+        data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for begin in range(0, len(data), _CHUNK):
+            block = data[begin : begin + _CHUNK]
+            digest.update(block)
+            written += stream.write(block)
+    return written, digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    numel: int
+    begin: int
+
+
+class TensorFile:
+    """A safetensors file opened for range reads; reads only what is asked for.
+
+    Args:
+        stream: seekable binary stream.
+        name: what errors call the file.
+        size: size of the file in bytes.
+
+    Raises:
+        UserError: the header does not describe this file.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str, size: int) -> None:
+        self._stream = stream
+        self._name = name
+        try:
+            self._entries = _parse_header(stream, size)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{name} is not an intact safetensors file: {error}",
+                rule="its header must describe its bytes",
+                remedy="use another checkpoint; this one is damaged",
+            ) from error
+
+    def keys(self) -> list[str]:
+        """Names of the tensors in the file."""
+        return list(self._entries)
+
+    def numel(self, key: str) -> int:
+        """Number of elements of a tensor."""
+        return self._entry(key).numel
+
+    def read(self, key: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
+        """Elements [start, start + numel) of the flattened tensor `key`, as a 1-D tensor."""
+        entry = self._entry(key)
+        count = entry.numel - start if numel is None else numel
+        if start < 0 or count < 0 or start + count > entry.numel:
+            raise UserError(
+                f"{self._name}: elements {start}..{start + count} of {key!r} asked for",
+                rule=f"the tensor has {entry.numel} elements",
+                remedy="use another checkpoint; this one's manifest does not match its files",
+            )
+        out = torch.empty(count, dtype=entry.dtype)
+        buffer = memoryview(out.view(torch.uint8).numpy())
+        self._stream.seek(entry.begin + start * out.element_size())
+        filled = 0
+        while filled < len(buffer):
+            block = self._stream.read(min(_CHUNK, len(buffer) - filled))
+            if not block:
+                raise UserError(
+                    f"{self._name} ends in the middle of {key!r}",
+                    rule="a checkpoint's files must be whole",
+                    remedy="use another checkpoint; this one is truncated",
+                )
+            buffer[filled : filled + len(block)] = block
+            filled += len(block)
+        return out
+
+    def close(self) -> None:
+        """Close the stream."""
+        self._stream.close()
+
+    def _entry(self, key: str) -> _Entry:
+        if key not in self._entries:
+            raise UserError(
+                f"{self._name} has no tensor {key!r}",
+                rule="the manifest names it",
+                remedy="use another checkpoint; this one's manifest does not match its files",
+            )
+        return self._entries[key]
+
+
+def _parse_header(stream: IO[bytes], size: int) -> dict[str, _Entry]:
+    length = int.from_bytes(stream.read(8), "little")
+    if length > min(_MAX_HEADER, size - 8):
+        raise ValueError(f"header of {length} bytes in a file of {size}")
+    header = json.loads(stream.read(length))
+    entries = {}
+    for key, item in header.items():
+        if key == "__metadata__":
+            continue
+        dtype = _BY_NAME[item["dtype"]]
+        begin, end = item["data_offsets"]
+        numel = math.prod(item["shape"])
+        if not 0 <= begin <= end <= size - 8 - length or end - begin != numel * dtype.itemsize:
+            raise ValueError(f"tensor {key!r} claims bytes {begin}..{end}")
+        entries[key] = _Entry(dtype, numel, 8 + length + begin)
+    return entries

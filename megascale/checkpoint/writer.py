@@ -1,0 +1,146 @@
+"""Writing a checkpoint: every rank its fragments, rank 0 the manifest, one rename to commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from megascale import __version__
+from megascale.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Piece,
+    tensor_key,
+)
+from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.tensor_file import write_tensors
+from megascale.errors import UserError
+from megascale.parallel.fragment import Fragment
+
+RNG_KEY = "rng/torch_cpu"
+
+
+def write_checkpoint(
+    root: str,
+    name: str,
+    step: int,
+    fragments: Iterable[Fragment],
+    state: Mapping[str, Any],
+    attachments: Mapping[str, bytes],
+) -> None:
+    """Write the checkpoint `root`/`name`. Collective; all ranks return or raise together.
+
+    Args:
+        root: folder of the run's checkpoints.
+        name: the checkpoint's folder name.
+        step: optimizer steps done.
+        fragments: what this rank owns.
+        state: JSON values that are the same on all ranks (trainer, schedule, data position).
+        attachments: small files to store beside the tensors (config, tokenizer), by path; only
+            rank 0's are written.
+
+    Raises:
+        UserError: some rank could not write (disk full, no permission). What was complete before
+            is untouched.
+    """
+    storage = Storage(root)
+    temporary = f".writing_{name}"
+    rank = dist.get_rank()
+    _agree(lambda: _start_folder(storage, temporary) if rank == 0 else None)
+    written = _agree(lambda: _write_rank_file(storage, temporary, rank, list(fragments)))
+
+    def commit() -> None:
+        if rank == 0:
+            files = [_write_attachment(storage, temporary, *item) for item in attachments.items()]
+            manifest = _merge(written, files, step, state)
+            with storage.open_write(temporary, MANIFEST_NAME) as stream:
+                stream.write(manifest.model_dump_json(indent=1).encode())
+            storage.commit_folder(temporary, name)
+
+    try:
+        _agree(commit)
+    except BaseException:
+        if rank == 0:
+            storage.remove_folder(temporary)
+        raise
+
+
+def _agree(action: Any) -> list[Any]:
+    """Run `action` on every rank, exchange results, and fail on all ranks if one failed."""
+    outcome: dict[str, Any]
+    try:
+        outcome = {"value": action()}
+    except UserError as error:
+        outcome = {"error": str(error)}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, json.dumps(outcome))
+    outcomes = [json.loads(text) for text in everyone]
+    for rank, other in enumerate(outcomes):
+        if "error" in other:
+            raise UserError(f"rank {rank}: {other['error']}")
+    return [other["value"] for other in outcomes]
+
+
+def _start_folder(storage: Storage, temporary: str) -> None:
+    storage.remove_folder(temporary)  # left by a run that was killed while saving
+    storage.make_folder(temporary)
+
+
+def _write_rank_file(
+    storage: Storage, temporary: str, rank: int, fragments: list[Fragment]
+) -> dict[str, Any]:
+    """Write this rank's tensors; returns its rows of the manifest as JSON values."""
+    file = f"rank_{rank:05d}.safetensors"
+    tensors = {tensor_key(f.kind, f.name): f.tensor for f in fragments}
+    tensors[RNG_KEY] = torch.get_rng_state()
+    with storage.open_write(temporary, file) as stream:
+        size, digest = write_tensors(stream, tensors)
+    pieces: dict[str, dict[str, Any]] = {}
+    for f in fragments:
+        piece = pieces.setdefault(
+            f.name,
+            {"file": file, "name": f.name, "kinds": [], "box": f.box, "start": f.start},
+        )
+        piece["kinds"].append(f.kind)
+        piece["numel"] = f.numel
+    return {
+        "file": {"path": file, "bytes": size, "xxh3_128": digest},
+        "pieces": list(pieces.values()),
+        "shapes": {f.name: f.global_shape for f in fragments},
+    }
+
+
+def _write_attachment(storage: Storage, temporary: str, path: str, content: bytes) -> FileEntry:
+    parent = PurePosixPath(path).parent
+    if str(parent) != ".":
+        storage.make_folder(temporary, str(parent))
+    with storage.open_write(temporary, path) as stream:
+        stream.write(content)
+    digest = xxhash.xxh3_128_hexdigest(content)
+    return FileEntry(path=path, bytes=len(content), xxh3_128=digest)
+
+
+def _merge(
+    written: list[dict[str, Any]], files: list[FileEntry], step: int, state: Mapping[str, Any]
+) -> Manifest:
+    pieces = [Piece(**piece) for part in written for piece in part["pieces"]]
+    parameters: dict[str, tuple[int, ...]] = {}
+    for part in written:
+        parameters.update({name: tuple(shape) for name, shape in part["shapes"].items()})
+    return Manifest(
+        written_by=f"megascale {__version__}",
+        step=step,
+        world_size=len(written),
+        kinds=tuple(dict.fromkeys(kind for piece in pieces for kind in piece.kinds)),
+        parameters=parameters,
+        files=(*(FileEntry(**part["file"]) for part in written), *files),
+        pieces=tuple(pieces),
+        state=dict(state),
+    )

@@ -1,0 +1,76 @@
+"""`megascale config show | check | schema`: look at a configuration without running it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megascale.config.checks import DEFAULT_CHECKS, Check
+from megascale.config.load import dump_config, load_config
+from megascale.config.problems import show_value
+from megascale.config.schema import Config, config_schema, read_path
+
+app = typer.Typer(help="Show, check and describe configurations.", no_args_is_help=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Settings that replace the file's."),
+]
+WorldSize = Annotated[
+    int | None, typer.Option(min=1, help="Number of ranks; the batch sizes must fit it.")
+]
+
+
+def all_checks() -> tuple[Check, ...]:
+    """The rules of the config itself and the engines' table of what may be combined."""
+    from megascale.engine.capabilities import CHECKS
+
+    return (*DEFAULT_CHECKS, *CHECKS)
+
+
+@app.command()
+def show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print every setting with its value, as a config file."""
+    loaded = load_config(config, overrides or (), checks=all_checks())
+    typer.echo(dump_config(loaded), nl=False)
+    for path, value in loaded.derived.items():
+        if value is not None and read_path(loaded, path) is None:
+            typer.echo(f"# {path}: null means {show_value(value)} here")
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None, world_size: WorldSize = None) -> None:
+    """Print ok and a summary, or everything that is wrong (exit code 2)."""
+    loaded = load_config(config, overrides or (), checks=all_checks(), world_size=world_size)
+    typer.echo("ok")
+    for line in _summary(loaded, world_size):
+        typer.echo(f"  {line}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of config files, for editors."""
+    typer.echo(json.dumps(config_schema(), indent=2))
+
+
+def _summary(config: Config, world_size: int | None) -> list[str]:
+    model, train, parallel = config.model, config.train, config.parallel
+    tokens = train.global_batch_size * model.seq_length
+    batch = f"{train.global_batch_size} samples ({tokens:,} tokens)"
+    if world_size is not None:
+        ranks = world_size // parallel.model_parallel_size
+        passes = train.global_batch_size // (train.micro_batch_size * ranks)
+        batch += f" = {train.micro_batch_size} * {ranks} ranks * {passes} accumulation steps"
+    return [
+        f"model    {model.family}, {model.num_layers} layers of {model.hidden_size}, "
+        f"{model.num_attention_heads} heads, {model.seq_length} tokens",
+        f"data     {', '.join(part.path for part in config.data.weighted_paths)}",
+        f"batch    {batch}",
+        f"run      {train.max_steps:,} steps, {tokens * train.max_steps:,} tokens, "
+        f"into {config.run.output_dir}",
+        f"engine   {parallel.engine}, ZeRO stage {parallel.zero_stage}, {config.precision.dtype}",
+    ]

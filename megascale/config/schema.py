@@ -1,0 +1,405 @@
+"""The tree of settings of a run: frozen pydantic models, one a section, one field a setting.
+
+Types are strict ("5" is not an integer, true is not a number; an integer is accepted where a
+float is asked), unknown names are refused and every number is bounded and finite. Rules that
+join several fields are in `megascale.config.checks`; what a section means to a part of the
+program is in that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+MAX_COUNT = 2**31 - 1
+"""Largest count or size: it fits the 32-bit integers of the file formats."""
+
+
+def _to_tuple(value: Any) -> Any:
+    """YAML knows lists only; the frozen tree holds tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _to_pair(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise PydanticCustomError("pair", "must be a list of exactly two numbers")
+    return tuple(value)
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("text", "must not be empty")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise PydanticCustomError("text", "must be valid UTF-8 without NUL characters")
+    return value
+
+
+def _sums_to_one(fractions: tuple[float, ...]) -> tuple[float, ...]:
+    total = sum(fractions)
+    if abs(total - 1.0) > 1e-6:
+        raise PydanticCustomError(
+            "split_sum", "the fractions must sum to 1; these sum to {total}", {"total": total}
+        )
+    return fractions
+
+
+def _path_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<one>"
+    return "<blend>" if isinstance(value, (list, tuple)) else None
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Pair = Annotated[tuple[Rate, Rate], BeforeValidator(_to_pair)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Split = Annotated[
+    tuple[Fraction, ...],
+    Field(min_length=1, max_length=3),
+    BeforeValidator(_to_tuple),
+    AfterValidator(_sums_to_one),
+]
+
+
+class Section(BaseModel):
+    """Base of every section: strict, frozen, no unknown names."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    output_dir: Text = "runs/default"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, logs/."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1234
+    """Seed of initial weights, sample order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA when a device is present, else the CPU."""
+
+
+class ModelConfig(Section):
+    """The shape of the model."""
+
+    family: Literal["gpt", "bert"] = "gpt"
+    """Kind of model: gpt predicts the next token, bert masked tokens."""
+    num_layers: Count = 12
+    """Number of transformer layers."""
+    hidden_size: Count = 768
+    """Width of the hidden states, in features."""
+    num_attention_heads: Count = 12
+    """Number of query heads of an attention layer; must divide hidden_size."""
+    num_kv_heads: Count | None = None
+    """Number of key and value heads; null: num_attention_heads. Must divide it."""
+    ffn_hidden_size: Count | None = None
+    """Inner width of the feed-forward layer, in features; null: 4 * hidden_size, or for swiglu
+    8/3 * hidden_size rounded up to a multiple of 64."""
+    seq_length: Count = 1024
+    """Length of a sample, in tokens."""
+    vocab_size: Count | None = None
+    """Number of token ids that the model knows; null: that of the dataset's tokenizer."""
+    position_embedding: Literal["learned", "rope"] = "learned"
+    """How positions enter: a learned table, or rotary embedding of queries and keys."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of normalisation before each sub-layer and after the last layer."""
+    norm_eps: Positive = 1e-5
+    """Added to the (mean-square or) variance under the square root of the norm."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    """Non-linearity of the feed-forward layer; gelu_tanh is GPT-2's approximation of gelu."""
+    bias: bool = True
+    """Whether linear layers have biases."""
+    tie_word_embeddings: bool = True
+    """Whether the output head shares the weight of the token embedding."""
+    dropout: Rate = 0.0
+    """Probability of dropping a feature of embeddings and sub-layer outputs in training."""
+    attention_dropout: Rate | None = None
+    """Probability of dropping an attention weight in training; null: dropout."""
+    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
+    """Base of the rotary wavelengths, in positions (rope only)."""
+    init_std: Positive = 0.02
+    """Standard deviation of the normal distribution of initial weights."""
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one attention head, in features."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def resolved_num_kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def resolved_ffn_hidden_size(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            # Three matrices of 8/3 D hold as many weights as two of 4 D (arXiv:2002.05202).
+            return -(-8 * self.hidden_size // (3 * 64)) * 64
+        return 4 * self.hidden_size
+
+    @property
+    def resolved_attention_dropout(self) -> float:
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+
+class WeightedPath(Section):
+    """One dataset of a blend."""
+
+    path: Text
+    """A prepared dataset's folder, or a Megatron prefix (without .bin or .idx)."""
+    weight: Positive
+    """Share of the samples of this dataset, relative to the other weights."""
+
+
+DataPath = Annotated[
+    Annotated[Text, Tag("<one>")]
+    | Annotated[
+        tuple[WeightedPath, ...], Field(min_length=1), BeforeValidator(_to_tuple), Tag("<blend>")
+    ],
+    Discriminator(
+        _path_form,
+        custom_error_type="data_path",
+        custom_error_message="must be a path or a list of {path, weight}",
+    ),
+]
+
+
+class DataConfig(Section):
+    """What is read, and how it is divided."""
+
+    path: DataPath = Field(examples=["data/my_dataset"])
+    """A prepared dataset's folder, a Megatron prefix, or a list of {path, weight}."""
+    split: Split = (0.98, 0.02)
+    """Fractions of the documents for training, validation and test (the last two optional)."""
+    tokenizer: Text | None = None
+    """Tokenizer of a Megatron prefix that has no manifest; otherwise null, or equal to the
+    dataset's own."""
+    isolate_documents: bool = False
+    """Whether attention and positions stop at document boundaries inside a sample."""
+
+    @property
+    def weighted_paths(self) -> tuple[WeightedPath, ...]:
+        """The datasets with their weights; a single path has weight 1."""
+        if isinstance(self.path, str):
+            return (WeightedPath(path=self.path, weight=1.0),)
+        return self.path
+
+    @property
+    def has_validation(self) -> bool:
+        return len(self.split) > 1
+
+
+class TrainConfig(Section):
+    """How much is trained, in which portions."""
+
+    global_batch_size: Count = 32
+    """Samples of one optimizer step, over all ranks."""
+    micro_batch_size: Count = 4
+    """Samples of one forward-backward pass on one rank."""
+    max_steps: Count = 1000
+    """Length of the run, in optimizer steps."""
+
+
+class OptimizerConfig(Section):
+    """The update rule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer: AdamW, or SGD with momentum."""
+    lr: Positive = 3e-4
+    """Peak learning rate, per optimizer step."""
+    betas: Pair = (0.9, 0.95)
+    """Decay rates per step of AdamW's first and second moment."""
+    eps: Positive = 1e-8
+    """Added to AdamW's root of the second moment."""
+    momentum: Rate = 0.9
+    """Decay rate per step of SGD's momentum."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay, times the learning rate, per step."""
+    grad_clip: NonNegative = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    """Shape after the warm-up; wsd is warm-up, stable, decay."""
+    warmup_steps: CountOrZero = 0
+    """Length of the linear rise from 0 to optimizer.lr, in steps."""
+    min_lr: NonNegative = 0.0
+    """Learning rate below which the schedule does not fall."""
+    decay_steps: Count | None = None
+    """linear, cosine: the step at which min_lr is reached (null: train.max_steps); wsd: length of
+    the final decay in steps (null: a tenth of train.max_steps)."""
+
+
+class PrecisionConfig(Section):
+    """The arithmetic."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of forward and backward; the optimizer always keeps fp32 master weights."""
+
+
+class ParallelConfig(Section):
+    """How the work is divided; data_parallel_size follows from the world size."""
+
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
+    """Which engine trains; auto takes one that supports the rest of this config."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """What data-parallel ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
+    too."""
+    tensor_parallel_size: Count = 1
+    """Ranks that share every matrix of a layer."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks also share the activations between matrices."""
+    pipeline_parallel_size: Count = 1
+    """Ranks that share the layers."""
+    virtual_pipeline_stages: Count = 1
+    """Chunks of layers that each pipeline rank holds."""
+    pipeline_schedule: Literal[
+        "1f1b", "gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"
+    ] = "1f1b"
+    """Order of the forward and backward passes of a pipeline."""
+    context_parallel_size: Count = 1
+    """Ranks that share the tokens of a sample."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+
+class EvaluationConfig(Section):
+    """Validation during training, and stopping by it."""
+
+    interval: CountOrZero = 0
+    """Steps between two validations; 0: only at the end of the run."""
+    max_samples: Count | None = None
+    """Validation samples of one validation; null: the whole split."""
+    early_stop_patience: Count | None = None
+    """Validations without improvement after which the run stops; null: never."""
+    early_stop_min_delta: NonNegative = 0.0
+    """Decrease of the validation loss, in nats per token, that counts as improvement."""
+    target_loss: Positive | None = None
+    """Validation loss, in nats per token, at which the run stops; null: never."""
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved, and how much of it is kept."""
+
+    save_interval: CountOrZero = 500
+    """Steps between two checkpoints; 0: only at the end of the run."""
+    keep_last: Count | None = None
+    """Number of newest checkpoints that are kept; null: all."""
+
+
+class LoggingConfig(Section):
+    """What is told while training."""
+
+    log_interval: Count = 10
+    """Steps between two lines on the console."""
+    tensorboard: bool = True
+    """Whether metrics are also written for TensorBoard."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    """Where the run lives and what makes it repeatable."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The shape of the model."""
+    data: DataConfig
+    """What is read, and how it is divided."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """How much is trained, in which portions."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """The update rule."""
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    """The learning rate over the run."""
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    """The arithmetic."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the work is divided among ranks."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Validation during training, and stopping by it."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """When the state of training is saved."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    """What is told while training."""
+
+    @property
+    def resolved_decay_steps(self) -> int | None:
+        """`schedule.decay_steps` with its default filled in; None where nothing decays by it."""
+        if self.schedule.name in ("constant", "inverse_sqrt"):
+            return None
+        if self.schedule.decay_steps is not None:
+            return self.schedule.decay_steps
+        if self.schedule.name == "wsd":
+            return max(1, round(0.1 * self.train.max_steps))
+        return self.train.max_steps
+
+    @property
+    def derived(self) -> dict[str, object]:
+        """What follows from the fields that may be left null, by dotted path."""
+        return {
+            "model.num_kv_heads": self.model.resolved_num_kv_heads,
+            "model.ffn_hidden_size": self.model.resolved_ffn_hidden_size,
+            "model.attention_dropout": self.model.resolved_attention_dropout,
+            "schedule.decay_steps": self.resolved_decay_steps,
+        }
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The model of a field that is a section, None for a leaf."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def leaf_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted path and pydantic field of every setting of the tree, in the tree's order."""
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        if section is None:
+            yield prefix + name, field
+        else:
+            yield from leaf_fields(section, f"{prefix}{name}.")
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors that complete and check while typing."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Config.model_json_schema(mode="validation"),
+    }
+
+
+def read_path(config: Config, path: str) -> Any:
+    """The value at a dotted path of a leaf or a section."""
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,268 @@
+"""A tokenised corpus as one flat stream of tokens, whatever files it lies in."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from megascale.data.atomic_files import file_checksum
+from megascale.data.manifest import MANIFEST_NAME, DatasetManifest
+from megascale.data.token_file import TokenFile, bin_path, idx_path
+from megascale.data.tokenizer import Tokenizer, load_tokenizer
+from megascale.errors import UserError
+
+_EDGE_BYTES = 1 << 20
+_FRACTION_TOLERANCE = 1e-6
+_PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
+
+
+class TokenCorpus:
+    """Read-only view over the shards of one dataset, in their order. Made by `open`.
+
+    Attributes:
+        path: the dataset's folder, or the Megatron prefix.
+        manifest: None for a Megatron prefix.
+        fingerprint: identifies the content; a Megatron prefix has no stored checksum, so its
+            fingerprint covers the index, the size of the .bin and the .bin's first and last MiB.
+    """
+
+    def __init__(
+        self, path: Path, shards: Sequence[TokenFile], manifest: DatasetManifest | None
+    ) -> None:
+        assert shards
+        self.path, self.manifest = path, manifest
+        self._shards = list(shards)
+        sizes = [0, *(shard.num_tokens for shard in shards)]
+        self._shard_starts = np.cumsum(sizes, dtype=np.int64)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> TokenCorpus:
+        """Open a prepared dataset's folder, or a Megatron prefix (with or without `.bin`).
+
+        Args:
+            path: what to open.
+            verify: also compare every checksum, which reads all files.
+
+        Raises:
+            UserError: not there, truncated, damaged, or not what the manifest says.
+        """
+        location = Path(path)
+        if location.is_dir():
+            corpus = cls._open_folder(location)
+        else:
+            prefix = location.with_suffix("") if location.suffix in (".bin", ".idx") else location
+            if not idx_path(prefix).exists() and not bin_path(prefix).exists():
+                raise _not_found(location)
+            corpus = cls(prefix, [TokenFile(prefix)], None)
+        if verify:
+            corpus.verify()
+        return corpus
+
+    @classmethod
+    def _open_folder(cls, folder: Path) -> TokenCorpus:
+        prefixes = sorted(folder.glob("*.idx"))
+        if not (folder / MANIFEST_NAME).exists() and prefixes:
+            raise UserError(
+                f"{folder} holds token files but no {MANIFEST_NAME}",
+                rule="a folder is a dataset by its manifest; Megatron files are given by prefix",
+                remedy=f"give the prefix, for example {prefixes[0].with_suffix('')}",
+            )
+        manifest = DatasetManifest.load(folder)
+        shards = [TokenFile(folder / record.prefix) for record in manifest.shards]
+        for shard, record in zip(shards, manifest.shards, strict=True):
+            found = (shard.num_documents, shard.num_tokens)
+            if found != (record.documents, record.tokens):
+                raise UserError(
+                    f"{shard.prefix} holds {found[0]} documents and {found[1]} tokens",
+                    rule=f"the manifest says {record.documents} and {record.tokens}",
+                    remedy=_PREPARE_AGAIN,
+                )
+        return cls(folder, shards, manifest)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all shards."""
+        return int(self._shard_starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in all shards."""
+        return sum(shard.num_documents for shard in self._shards)
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        """(documents,) int64: the position of each document's first token in the stream."""
+        starts = [
+            shard.document_starts() + offset
+            for shard, offset in zip(self._shards, self._shard_starts[:-1], strict=True)
+        ]
+        return starts[0] if len(starts) == 1 else np.concatenate(starts)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """(length,) int64: the tokens at positions [start, start + length)."""
+        tokens = np.empty(length, dtype=np.int64)
+        self.read_into(start, tokens)
+        return tokens
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill the 1-D integer array `out` with the tokens from position `start` on."""
+        length = len(out)
+        assert 0 <= start <= self.num_tokens - length, f"[{start}, +{length}) is out of range"
+        if len(self._shards) == 1:
+            out[:] = self._shards[0].tokens[start : start + length]
+            return
+        number = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        filled = 0
+        while filled < length:
+            local = start + filled - int(self._shard_starts[number])
+            piece = self._shards[number].tokens[local : local + length - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            number += 1
+
+    def boundaries(self, start: int, length: int) -> np.ndarray:
+        """Positions in [start, start + length) at which a document begins, ascending."""
+        first, last = np.searchsorted(self.document_starts, (start, start + length), side="left")
+        return self.document_starts[first:last]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer stored with the dataset; None for a Megatron prefix.
+
+        Raises:
+            UserError: it is not the tokenizer that made the ids.
+        """
+        if self.manifest is None:
+            return None
+        record = self.manifest.tokenizer
+        tokenizer = load_tokenizer(self.path / record.folder)
+        if tokenizer.fingerprint != record.fingerprint:
+            raise UserError(
+                f"{self.path / record.folder} has the fingerprint {tokenizer.fingerprint}",
+                rule=f"the tokens were made with the tokenizer {record.fingerprint}",
+                remedy=_PREPARE_AGAIN,
+            )
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's, or None where it is not known."""
+        return None if self.manifest is None else self.manifest.tokenizer.vocab_size
+
+    @property
+    def eod_id(self) -> int | None:
+        """The end-of-document id, or None where it is not known."""
+        return None if self.manifest is None else self.manifest.tokenizer.eod_id
+
+    @property
+    def utf8_bytes(self) -> int | None:
+        """Bytes of the text behind the tokens, or None where it is not known."""
+        if self.manifest is None:
+            return None
+        return sum(record.utf8_bytes for record in self.manifest.shards)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that change when the content changes."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint
+        binary, index = self._shards[0].bin_path, self._shards[0].idx_path
+        size = binary.stat().st_size
+        digest = xxhash.xxh3_128(f"{file_checksum(index)} {size} ")
+        with open(binary, "rb") as stream:
+            digest.update(stream.read(_EDGE_BYTES))
+            stream.seek(max(0, size - _EDGE_BYTES))
+            digest.update(stream.read(_EDGE_BYTES))
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Read every file and compare it with the manifest; a Megatron prefix has its index read.
+
+        Raises:
+            UserError: names the file that differs.
+        """
+        for shard in self._shards:
+            shard.check_index()
+        if self.manifest is None:
+            return
+        for shard, record in zip(self._shards, self.manifest.shards, strict=True):
+            for file, expected in (
+                (shard.bin_path, record.bin_xxh3),
+                (shard.idx_path, record.idx_xxh3),
+            ):
+                found = file_checksum(file)
+                if found != expected:
+                    raise UserError(
+                        f"{file} has the checksum {found}",
+                        rule=f"{self.path / MANIFEST_NAME} says {expected}",
+                        remedy=_PREPARE_AGAIN,
+                    )
+        assert self.tokenizer is not None  # its fingerprint is checked when it is loaded
+
+    def split(self, fractions: Sequence[float], minimum_tokens: int = 1) -> list[tuple[int, int]]:
+        """Cut the stream into contiguous parts, each cut at the nearest document boundary.
+
+        Args:
+            fractions: positive, summing to 1.
+            minimum_tokens: what each part must hold, for example one window.
+
+        Returns:
+            One (start, stop) of token positions a part.
+
+        Raises:
+            UserError: the fractions are wrong, or a part would hold too few tokens.
+        """
+        fractions = list(fractions)
+        positive = all(0 < fraction <= 1 for fraction in fractions)  # False for NaN too
+        if not fractions or not positive or abs(sum(fractions) - 1) > _FRACTION_TOLERANCE:
+            raise UserError(
+                f"split {fractions} sums to {sum(fractions):g}",
+                rule="the fractions are positive and sum to 1",
+                remedy="for example [0.98, 0.02] or [0.9, 0.05, 0.05]",
+            )
+        candidates = np.append(self.document_starts, self.num_tokens)
+        targets = np.cumsum(fractions[:-1]) * self.num_tokens
+        cuts = [0, *(_nearest(candidates, target) for target in targets), self.num_tokens]
+        parts = list(zip(cuts[:-1], cuts[1:], strict=True))
+        for number, (start, stop) in enumerate(parts):
+            if stop - start < max(minimum_tokens, 1):
+                self._refuse_part(fractions, number, stop - start, max(minimum_tokens, 1))
+        return parts
+
+    def _refuse_part(self, fractions: list[float], number: int, found: int, needed: int) -> None:
+        raise UserError(
+            f"part {number} of split {fractions} would hold {found} tokens of "
+            f"{self.num_tokens} in {self.num_documents} documents ({self.path})",
+            rule=f"each part needs at least {needed} tokens, and parts are cut between documents",
+            remedy="give that part a larger fraction, or prepare more or shorter documents "
+            "(`--documents paragraph` or `line` cuts text files)",
+        )
+
+
+def _nearest(candidates: np.ndarray, target: float) -> int:
+    after = min(int(np.searchsorted(candidates, target)), len(candidates) - 1)
+    before = max(after - 1, 0)
+    closer = min((before, after), key=lambda i: abs(float(candidates[i]) - target))
+    return int(candidates[closer])
+
+
+def _not_found(location: Path) -> UserError:
+    names = {entry.stem if entry.suffix == ".idx" else entry.name for entry in _siblings(location)}
+    close = difflib.get_close_matches(location.name, sorted(names), n=1)
+    hint = f"did you mean {location.parent / close[0]}? " if close else ""
+    return UserError(
+        f"no dataset at {location}",
+        rule=f"a dataset is a folder with {MANIFEST_NAME}, or the prefix of a .bin/.idx pair",
+        remedy=f"{hint}Prepare one with `python -m data_prep tokenize`.",
+    )
+
+
+def _siblings(location: Path) -> list[Path]:
+    folder = location.parent
+    return list(folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,169 @@
+"""`manifest.json`: what is in a prepared dataset, and how to tell that it is still that.
+
+DIR/manifest.json        written last
+DIR/tokenizer/           the tokenizer the ids belong to
+DIR/shard_00000.bin/.idx token files (megascale.data.token_file)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megascale.data.atomic_files import file_checksum, write_file
+from megascale.data.token_file import bin_path, idx_path
+from megascale.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "megascale-dataset"
+VERSION = 1
+_PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerRecord(_Record):
+    """The tokenizer that made the ids."""
+
+    folder: str = "tokenizer"
+    """Folder inside the dataset's folder."""
+    fingerprint: str
+    vocab_size: int = Field(gt=0)
+    eod_id: int = Field(ge=0)
+
+
+class ShardRecord(_Record):
+    """One pair of token files, with sizes for a cheap check and checksums for a full one."""
+
+    prefix: str = Field(pattern=r"^[^/\\]+$")
+    """File name inside the dataset's folder, without `.bin`."""
+    bin_bytes: int = Field(ge=0)
+    idx_bytes: int = Field(ge=0)
+    bin_xxh3: str
+    idx_xxh3: str
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    utf8_bytes: int = Field(ge=0)
+    """UTF-8 bytes of the documents' text, for bits per byte."""
+
+    @classmethod
+    def of_files(
+        cls, folder: Path, prefix: str, documents: int, tokens: int, utf8_bytes: int
+    ) -> ShardRecord:
+        """Measure and checksum the two finished files."""
+        binary, index = bin_path(folder / prefix), idx_path(folder / prefix)
+        return cls(
+            prefix=prefix,
+            bin_bytes=binary.stat().st_size,
+            idx_bytes=index.stat().st_size,
+            bin_xxh3=file_checksum(binary),
+            idx_xxh3=file_checksum(index),
+            documents=documents,
+            tokens=tokens,
+            utf8_bytes=utf8_bytes,
+        )
+
+
+class DatasetManifest(_Record):
+    """The content of `manifest.json`."""
+
+    format: Literal["megascale-dataset"] = FORMAT
+    version: int = VERSION
+    tokenizer: TokenizerRecord
+    shards: list[ShardRecord] = Field(min_length=1)
+    source: dict[str, Any] = {}
+    """What was read: inputs, number of files, bytes, fingerprint of the content."""
+    recipe: dict[str, Any] = {}
+    """The options that were used."""
+    skipped: dict[str, int] = {}
+    """Documents left out, by reason."""
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3_128 over the checksums of all shards and the tokenizer's fingerprint, in hex."""
+        digest = xxhash.xxh3_128(self.tokenizer.fingerprint)
+        for shard in self.shards:
+            digest.update(f"\n{shard.bin_xxh3} {shard.idx_xxh3}")
+        return digest.hexdigest()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `manifest.json` into `folder`, atomically."""
+        content = json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n"
+        write_file(Path(folder) / MANIFEST_NAME, content.encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> DatasetManifest:
+        """Read and check a manifest, and that its shards exist with the sizes it gives.
+
+        Raises:
+            UserError: no manifest, not JSON, written by a newer megascale, a field is wrong, a
+                shard is missing or of another size.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        manifest = cls._parse(path)
+        for shard in manifest.shards:
+            for file, expected in (
+                (bin_path(path.parent / shard.prefix), shard.bin_bytes),
+                (idx_path(path.parent / shard.prefix), shard.idx_bytes),
+            ):
+                _check_size(file, expected, path)
+        return manifest
+
+    @classmethod
+    def _parse(cls, path: Path) -> DatasetManifest:
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no file {path}",
+                rule=f"a prepared dataset's folder holds {MANIFEST_NAME}",
+                remedy="check the path, or prepare it with `python -m data_prep tokenize`",
+            ) from error
+        except ValueError as error:
+            raise _malformed(path, f"not JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise _malformed(path, f'no "format": "{FORMAT}"')
+        version = content.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise UserError(
+                f"{path} has version {version}",
+                rule=f"this megascale reads versions up to {VERSION}",
+                remedy="install the megascale that wrote it, or a newer one",
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+            )
+            raise _malformed(path, problems) from error
+
+
+def _check_size(file: Path, expected: int, manifest_path: Path) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing",
+            rule=f"{manifest_path} lists it",
+            remedy=_PREPARE_AGAIN,
+        )
+    if file.stat().st_size != expected:
+        raise UserError(
+            f"{file} is truncated or changed: {file.stat().st_size} bytes",
+            rule=f"{manifest_path} says {expected} bytes",
+            remedy=_PREPARE_AGAIN,
+        )
+
+
+def _malformed(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path} is no dataset manifest: {problem}",
+        rule="manifest.json is written by `python -m data_prep tokenize` and never by hand",
+        remedy=_PREPARE_AGAIN,
+    )

@@ -1,0 +1,169 @@
+"""One interface to every local tokenizer: text to ids and back, and what each id weighs in bytes.
+
+Text is always only text: a document that spells "<|endoftext|>" never becomes the control token,
+and no special token is ever added.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megascale.errors import UserError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+FAST_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+_SENTENCEPIECE_NAMES = (SENTENCEPIECE_FILE, "sentencepiece.model", "spiece.model")
+_WHAT_IS_READ = (
+    "a tokenizer is a local Hugging Face tokenizer folder, a tokenizer.json, "
+    "or a sentencepiece .model file"
+)
+
+
+class Tokenizer(ABC):
+    """What the rest of megascale knows of a tokenizer."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens spelled out."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The largest id + 1, added tokens included."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """xxh3_128, in hex, of what decides the ids; the same after save and load."""
+
+    @property
+    @abstractmethod
+    def round_trips(self) -> bool:
+        """Whether `decode(encode(text)) == text` is promised for every text."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) int32: the UTF-8 bytes of text each id stands for; 0 for special tokens.
+
+        Exact for byte-level BPE and for sentencepiece. A tokenizer that puts a space before a text
+        counts it; one that normalises text counts the normalised form.
+        """
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what `load_tokenizer` needs into an existing folder."""
+
+    @abstractmethod
+    def _token_id(self, token: str) -> int | None:
+        """The id of one token, or None."""
+
+    @abstractmethod
+    def _declared_eos(self) -> int | None:
+        """The end-of-sequence id that the tokenizer's own files name, or None."""
+
+    @functools.cached_property
+    def eod_id(self) -> int:
+        """The id put after each document: <|endoftext|>, else the declared eos, else </s>.
+
+        Raises:
+            UserError: the tokenizer has none of them.
+        """
+        candidates = (
+            self._token_id(END_OF_DOCUMENT),
+            self._declared_eos(),
+            self._token_id("</s>"),
+        )
+        for candidate in candidates:
+            if candidate is not None:
+                return candidate
+        raise UserError(
+            f"the tokenizer has no end-of-document token (vocab_size {self.vocab_size})",
+            rule=f"it needs {END_OF_DOCUMENT}, </s>, or an eos_token in tokenizer_config.json",
+            remedy=f"add {END_OF_DOCUMENT} to its special tokens, or train one with "
+            "`python -m data_prep train-tokenizer`",
+        )
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer from local files only.
+
+    Args:
+        path: a Hugging Face tokenizer folder, a `tokenizer.json`, or a sentencepiece `.model`.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read as a tokenizer.
+    """
+    location = Path(path)
+    if not location.exists():
+        raise _not_found(location)
+    try:
+        return _load_existing(location)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers and sentencepiece raise bare Exception on damaged files
+        detail = str(error).strip().splitlines()
+        raise UserError(
+            f"{location} cannot be read as a tokenizer: {detail[0] if detail else repr(error)}",
+            rule=_WHAT_IS_READ,
+            remedy="check the path, copy the files again, or train one with "
+            "`python -m data_prep train-tokenizer`",
+        ) from error
+
+
+def _load_existing(location: Path) -> Tokenizer:
+    # The backends import what they need, so that only the one in use costs its import time.
+    from megascale.data import tokenizer_backends as backends
+
+    if location.is_file():
+        if location.suffix == ".model":
+            return backends.SentencePieceTokenizer(location.read_bytes())
+        return backends.FastTokenizer.from_file(location, eos_token=None)
+    if (location / FAST_FILE).is_file():
+        eos_token = declared_eos_token(location)
+        return backends.FastTokenizer.from_file(location / FAST_FILE, eos_token)
+    if not (location / "tokenizer_config.json").is_file():
+        # A Hugging Face folder may add tokens to the model; a bare model file says it all.
+        for name in _SENTENCEPIECE_NAMES:
+            if (location / name).is_file():
+                return backends.SentencePieceTokenizer((location / name).read_bytes())
+    return backends.load_with_transformers(location)
+
+
+def declared_eos_token(folder: Path) -> str | None:
+    """The eos_token of `tokenizer_config.json` or `special_tokens_map.json`, if any."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_bytes()).get("eos_token")
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                return token
+    return None
+
+
+def _not_found(location: Path) -> UserError:
+    siblings = [entry.name for entry in location.parent.glob("*")]
+    close = difflib.get_close_matches(location.name, siblings, n=1)
+    hint = f"did you mean {location.parent / close[0]}? " if close else ""
+    return UserError(
+        f"no tokenizer at {location}",
+        rule=_WHAT_IS_READ,
+        remedy=f"{hint}Nothing is downloaded by name: give a local path.",
+    )

@@ -1,0 +1,279 @@
+"""DeepSpeed's engine behind our protocol: ZeRO 1, 2, 3. The only file that imports deepspeed.
+
+Settings and state access follow what was measured (docs/design.md, "DeepSpeed"): client torch
+optimizer, DeepSpeed's own accumulation count, state read as fragments of its flat partitions.
+Stage 0 never runs here (silently wrong in half precision).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
+from megascale.parallel.fragment import Fragment, whole_box
+from megascale.parallel.mesh import ParallelMesh
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.runtime.utils import all_gather_dp_groups
+    from deepspeed.utils import logger as deepspeed_logger
+    from deepspeed.utils import safe_get_local_grad
+
+_COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
+_MAX_BUCKET = 50_000_000
+
+
+def _configuration(
+    module: nn.Module,
+    dtype: torch.dtype,
+    stage: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    dp_size: int,
+    grad_clip: float,
+    hidden_size: int,
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for one of our layouts."""
+    bucket = max(1, min(_MAX_BUCKET, sum(p.numel() for p in module.parameters())))
+    return {
+        "train_batch_size": micro_batch_size * num_micro_batches * dp_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": grad_clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": stage,
+            # the default of 5e8 elements would allocate 2 GB of fp32 buffer for any model
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # the values that transformers' integration derives for "auto"
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        },
+    }
+
+
+class DeepSpeedEngine:
+    """ZeRO 1-3 by DeepSpeed (arXiv:1910.02054)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: OptimizerRecipe,
+        mesh: ParallelMesh,
+        *,
+        dtype: torch.dtype,
+        stage: int,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        hidden_size: int,
+    ) -> None:
+        self._recipe = recipe
+        self._mesh = mesh
+        self._stage = stage
+        self._num_micro_batches = num_micro_batches
+        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._device = next(module.parameters()).device
+        # DeepSpeed makes its fp32 masters from the rounded weights; ours are not rounded.
+        exact = {} if dtype == torch.float32 else _copies(module)
+        optimizer = recipe.build(list(module.named_parameters()))
+        _silence()
+        # Compiled at first use even for gloo; a killed build leaves a lock that hangs all later
+        # runs without a word. torch's gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=_configuration(
+                module,
+                dtype,
+                stage,
+                micro_batch_size,
+                num_micro_batches,
+                mesh.dp_size,
+                recipe.grad_clip,
+                hidden_size,
+            ),
+        )
+        self._zero = self._engine.optimizer
+        self.module: nn.Module = self._engine.module
+        self._params = dict(self.module.named_parameters())
+        for fragment in self.fragments(["master"]) if exact else ():
+            part = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
+            fragment.tensor.copy_(part)
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], total_targets: float
+    ) -> torch.Tensor:
+        """See `Engine.forward_backward`."""
+        assert len(micro_batches) == self._num_micro_batches
+        # DeepSpeed averages gradients over the data-parallel group.
+        scale = self._mesh.dp_size / total_targets
+        total = torch.zeros((), device=self._device)
+        for index, micro_batch in enumerate(micro_batches):
+            loss_sum, _ = self._engine(**micro_batch)
+            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            total += loss_sum.detach().float()
+            if index < len(micro_batches) - 1:
+                self._engine.step()  # counts the micro-step; updates nothing before the boundary
+        return total
+
+    def step(self, lr: float) -> StepOutcome:
+        """See `Engine.step`."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        return StepOutcome(
+            grad_norm=float(self._engine.get_global_grad_norm()),
+            skipped=self._engine.skipped_steps > skipped_before,
+            loss_scale=float(getattr(self._zero, "loss_scale", 1.0) or 1.0),
+        )
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Engine.forward`."""
+        return self._engine(**micro_batch)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See `Engine.evaluating`."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """See `Engine.state_kinds`."""
+        return ("master", *self._recipe.state_keys)
+
+    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+        """See `Engine.fragments`."""
+        for name, param in self._params.items():
+            for kind in kinds:
+                found = self._fragment(param, kind)
+                if found is not None:
+                    start, tensor = found
+                    shape = self._shapes[name]
+                    yield Fragment(name, kind, shape, whole_box(shape), start, tensor.view(-1))
+
+    def prepare_load(self, updates: int) -> Iterator[Fragment]:
+        """See `Engine.prepare_load`."""
+        for flat in self._flat_masters():
+            state = self._inner.state[flat]
+            if self._recipe.counts_steps:
+                state["step"] = torch.tensor(float(updates))
+            for key in self._recipe.state_keys:
+                state[key] = torch.zeros_like(flat)
+        return self.fragments(self.state_kinds)
+
+    def finish_load(self) -> None:
+        """See `Engine.finish_load`."""
+        zero = self._zero
+        if self._stage < 3:
+            for parts, flat, group in zip(
+                zero.parallel_partitioned_bit16_groups,
+                self._flat_masters(),
+                zero.real_dp_process_group,
+                strict=True,
+            ):
+                parts[torch.distributed.get_rank(group)].data.copy_(flat.data)
+            all_gather_dp_groups(
+                zero.bit16_groups_flat,
+                zero.parallel_partitioned_bit16_groups,
+                zero.real_dp_process_group,
+                zero.nccl_start_alignment_factor,
+                zero.allgather_bucket_size,
+            )
+            return
+        # Small parameters stay gathered; without a new partition their old values would be used.
+        persistent = zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+        for index in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def state_dict(self) -> dict[str, float]:
+        """See `Engine.state_dict`: DeepSpeed's step counters."""
+        return {f"deepspeed.{key}": getattr(self._engine, key) for key in _COUNTERS}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """See `Engine.load_state_dict`: a state of another engine has no DeepSpeed counters."""
+        for key in _COUNTERS:
+            if f"deepspeed.{key}" in state:
+                setattr(self._engine, key, int(state[f"deepspeed.{key}"]))
+        # The accumulation boundary is derived from micro_steps: a checkpoint is always on one,
+        # whatever accumulation count wrote it.
+        self._engine.micro_steps -= self._engine.micro_steps % self._num_micro_batches
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._engine.destroy()
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer that steps on DeepSpeed's flat fp32 partitions."""
+        return self._zero.optimizer
+
+    def _flat_masters(self) -> list[torch.Tensor]:
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
+    def _fragment(self, param: Any, kind: str) -> tuple[int, torch.Tensor] | None:
+        """(start in the flattened parameter, live 1-D view) of this rank's part, or None."""
+        if self._stage == 3:
+            return self._fragment_stage3(param, kind)
+        mapping = param._hp_mapping
+        if mapping is None:
+            return None
+        start = mapping.lp_fragment_address.start
+        if kind == "grad":
+            grad = mapping.get_lp_grad_fragment(param._index_in_param_group)
+            return start, grad.detach().float().view(-1)
+        flat = self._flat_masters()[mapping.param_group_index]
+        # not mapping.optim_fragment: 0.19.8 links it after the first group's step only
+        source = flat.data if kind == "master" else self._inner.state.get(flat, {}).get(kind)
+        if source is None:
+            return None
+        address = mapping.hp_fragment_address
+        return start, source.detach().narrow(0, address.start, address.numel)
+
+    def _fragment_stage3(self, param: Any, kind: str) -> tuple[int, torch.Tensor] | None:
+        start = self._zero._get_param_partition_rank(param) * param.partition_numel()
+        real = max(0, min(param.partition_numel(), param.ds_numel - start))  # the rest is padding
+        if not real:
+            return None
+        if kind == "grad":
+            return start, safe_get_local_grad(param).detach().float().view(-1)[:real]
+        key = None if kind == "master" else kind
+        if key is not None and not any(key in s for s in self._inner.state.values()):
+            return None
+        view, _ = self._zero._get_fp32_opt_state_partition(
+            param, release_swap_buffers=False, optim_state_key=key
+        )
+        return start, view.detach().view(-1)[:real]
+
+
+def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def _silence() -> None:
+    """DeepSpeed logs every setting at INFO; a run's console belongs to its own progress."""
+    deepspeed_logger.setLevel(logging.ERROR)

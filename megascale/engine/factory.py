@@ -1,0 +1,54 @@
+"""From a checked config to the engine that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from megascale.config.schema import Config
+from megascale.engine.capabilities import choose_engine
+from megascale.engine.protocol import Engine, OptimizerRecipe
+from megascale.engine.torch_engine import ReplicatedEngine, ShardedEngine
+from megascale.parallel.mesh import ParallelMesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_engine(
+    config: Config,
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    recipe: OptimizerRecipe,
+    mesh: ParallelMesh,
+) -> Engine:
+    """Hand the initialised module to the engine of `config`.
+
+    Args:
+        module: the task's module with fp32 parameters on the run's device; the engine owns it
+            from here on.
+        blocks: its repeated layers, the units that ZeRO-3 gathers one by one.
+        recipe: how to build the optimizer.
+        mesh: who is where.
+    """
+    dtype = DTYPES[config.precision.dtype]
+    stage = config.parallel.zero_stage
+    if choose_engine(config) == "deepspeed":
+        # imported here: it costs seconds, and a machine without it can still train
+        from megascale.engine.deepspeed_engine import DeepSpeedEngine
+
+        micro = config.train.micro_batch_size
+        return DeepSpeedEngine(
+            module,
+            recipe,
+            mesh,
+            dtype=dtype,
+            stage=stage,
+            micro_batch_size=micro,
+            num_micro_batches=config.train.global_batch_size // (micro * mesh.dp_size),
+            hidden_size=config.model.hidden_size,
+        )
+    if stage == 0:
+        return ReplicatedEngine(module, recipe, mesh, dtype)
+    return ShardedEngine(module, recipe, mesh, dtype, stage, blocks)

@@ -1,0 +1,308 @@
+"""torch's own engines: replicated (one process, data parallel) and sharded (FSDP2, ZeRO 1-3).
+
+The replicated engine on one process is the reference of every parity test, so it is written to
+be read: fp32 masters, fp32 main gradients, one optimizer, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
+from megascale.parallel.fragment import Fragment, whole_box
+from megascale.parallel.gradient_norm import clip_, global_norm
+from megascale.parallel.gradient_reducer import GradientReducer
+from megascale.parallel.mesh import ParallelMesh
+
+
+class TorchEngine:
+    """What both torch engines share: masters by name, the step, state in and out.
+
+    Subclasses fill `_masters` (the fp32 tensors that the optimizer steps on) and say where a
+    master lies in its parameter.
+    """
+
+    def __init__(self, module: nn.Module, recipe: OptimizerRecipe, mesh: ParallelMesh) -> None:
+        self.module = module
+        self._recipe = recipe
+        self._mesh = mesh
+        self._device = next(module.parameters()).device
+        self._masters: dict[str, torch.Tensor] = {}
+        self._optimizer: torch.optim.Optimizer
+
+    def _build_optimizer(self) -> None:
+        self._optimizer = self._recipe.build(list(self._masters.items()))
+
+    def step(self, lr: float) -> StepOutcome:
+        """See `Engine.step`. A non-finite gradient is never applied: the step is skipped."""
+        gradients = self._gradients()
+        norm = global_norm(list(gradients.values()), self._device, self._norm_group())
+        finite = norm == norm and norm not in (float("inf"), float("-inf"))
+        if finite:
+            clip_(list(gradients.values()), norm, self._recipe.grad_clip)
+            for name, master in self._masters.items():
+                master.grad = gradients[name]
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._after_update()
+        self._clear_gradients()
+        return StepOutcome(grad_norm=norm, skipped=not finite, loss_scale=1.0)
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Engine.forward`."""
+        return self.module(**micro_batch)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See `Engine.evaluating`."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """See `Engine.state_kinds`."""
+        return ("master", *self._recipe.state_keys)
+
+    def prepare_load(self, updates: int) -> Iterator[Fragment]:
+        """See `Engine.prepare_load`."""
+        for master in self._masters.values():
+            state = self._optimizer.state[master]
+            if self._recipe.counts_steps:
+                state["step"] = torch.tensor(float(updates))
+            for key in self._recipe.state_keys:
+                state[key] = torch.zeros_like(master)
+        return self._all_fragments(self.state_kinds)
+
+    def finish_load(self) -> None:
+        """See `Engine.finish_load`."""
+        self._after_update()
+
+    def state_dict(self) -> dict[str, float]:
+        """See `Engine.state_dict`; these engines keep no counters of their own."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """See `Engine.load_state_dict`."""
+
+    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+        """See `Engine.fragments`."""
+        return self._all_fragments(kinds) if self._is_owner() else iter(())
+
+    def _all_fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+        gradients = self._gradients() if "grad" in kinds else {}
+        for name, master in self._masters.items():
+            shape, start = self._placement(name)
+            for kind in kinds:
+                if kind == "master":
+                    tensor = master
+                elif kind == "grad":
+                    tensor = gradients[name]
+                elif kind in self._optimizer.state[master]:
+                    tensor = self._optimizer.state[master][kind]
+                else:
+                    continue  # before the first update the optimizer has no state
+                flat = tensor.detach().view(-1)
+                yield Fragment(name, kind, shape, whole_box(shape), start, flat)
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _norm_group(self) -> torch.distributed.ProcessGroup | None:
+        raise NotImplementedError
+
+    def _after_update(self) -> None:
+        raise NotImplementedError
+
+    def _clear_gradients(self) -> None:
+        raise NotImplementedError
+
+    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
+        raise NotImplementedError
+
+    def _is_owner(self) -> bool:
+        raise NotImplementedError
+
+
+class ReplicatedEngine(TorchEngine):
+    """Every rank holds everything (ZeRO stage 0); gradients are summed in fp32.
+
+    fp32: the parameters are the masters. bf16: the module holds bf16 weights, the optimizer
+    steps on fp32 masters, and the weights are rounded from them after each update.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: OptimizerRecipe,
+        mesh: ParallelMesh,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(module, recipe, mesh)
+        self._params = dict(module.named_parameters())
+        if dtype == torch.float32:
+            masters = {name: p.detach() for name, p in self._params.items()}
+        else:
+            masters = {name: p.detach().float() for name, p in self._params.items()}
+            for param in self._params.values():
+                param.data = param.data.to(dtype)
+        self._masters = {name: master.requires_grad_() for name, master in masters.items()}
+        group = mesh.dp_group if mesh.dp_size > 1 else None
+        self._reducer = GradientReducer(list(self._params.values()), group)
+        self._build_optimizer()
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], total_targets: float
+    ) -> torch.Tensor:
+        """See `Engine.forward_backward`."""
+        total = torch.zeros((), device=self._device)
+        for index, micro_batch in enumerate(micro_batches):
+            self._reducer.begin_backward(last=index == len(micro_batches) - 1)
+            loss_sum, _ = self.module(**micro_batch)
+            (loss_sum / total_targets).backward()
+            total += loss_sum.detach()
+        self._reducer.finish()
+        return total
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._reducer.close()
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        return {name: self._reducer.main_gradient(p) for name, p in self._params.items()}
+
+    def _norm_group(self) -> None:
+        return None
+
+    def _after_update(self) -> None:
+        with torch.no_grad():
+            for name, param in self._params.items():
+                if param.data_ptr() != self._masters[name].data_ptr():
+                    param.copy_(self._masters[name])
+
+    def _clear_gradients(self) -> None:
+        self._reducer.zero()
+
+    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
+        return tuple(self._params[name].shape), 0
+
+    def _is_owner(self) -> bool:
+        return self._mesh.dp_rank == 0
+
+
+class ShardedEngine(TorchEngine):
+    """ZeRO 1-3 through FSDP2 (`fully_shard`): parameters, gradients, states cut along dim 0.
+
+    In FSDP2's terms (arXiv:1910.02054, arXiv:2304.11277):
+        stage 1: weights stay gathered within a step, gradients reduced at the last micro-batch;
+        stage 2: weights stay gathered within a step, gradients reduce-scattered at each;
+        stage 3: weights also freed after each layer's forward.
+    The optimizer steps on the local fp32 shards as plain tensors, not DTensors: the same
+    arithmetic without a dispatch for each operation.
+
+    Args:
+        blocks: the submodules to shard one by one; the root takes what is left.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: OptimizerRecipe,
+        mesh: ParallelMesh,
+        dtype: torch.dtype,
+        stage: int,
+        blocks: Iterable[nn.Module],
+    ) -> None:
+        super().__init__(module, recipe, mesh)
+        self._stage = stage
+        dp_mesh = mesh.device_mesh["dp"]
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for block in blocks:
+            fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+        fully_shard(module, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+        self._params: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
+        shards = {name: p.to_local().detach() for name, p in self._params.items()}
+        self._masters = {
+            name: shard.requires_grad_() for name, shard in shards.items() if shard.numel()
+        }
+        self._build_optimizer()
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], total_targets: float
+    ) -> torch.Tensor:
+        """See `Engine.forward_backward`."""
+        module = self.module
+        assert isinstance(module, FSDPModule)
+        # FSDP2 averages over the group; the loss is normalised by the global target count.
+        scale = self._mesh.dp_size / total_targets
+        total = torch.zeros((), device=self._device)
+        for index, micro_batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            if self._stage < 3:
+                module.set_reshard_after_backward(last)
+            if self._stage == 1:
+                module.set_requires_gradient_sync(last)
+            loss_sum, _ = module(**micro_batch)
+            (loss_sum * scale).backward()
+            total += loss_sum.detach()
+        return total
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See `Engine.evaluating`."""
+        with super().evaluating():
+            yield
+        self._reshard()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+
+    def _reshard(self) -> None:
+        # A forward without a backward leaves weights gathered: the next step would use stale ones.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        gradients = {}
+        for name, master in self._masters.items():
+            grad = self._params[name].grad
+            gradients[name] = (
+                torch.zeros_like(master) if grad is None else grad.to_local()  # type: ignore[attr-defined]
+            )
+        return gradients
+
+    def _norm_group(self) -> torch.distributed.ProcessGroup | None:
+        return self._mesh.dp_group if self._mesh.dp_size > 1 else None
+
+    def _after_update(self) -> None:
+        self._reshard()
+
+    def _clear_gradients(self) -> None:
+        for param in self._params.values():
+            param.grad = None
+        for master in self._masters.values():
+            master.grad = None
+
+    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
+        shape = tuple(self._params[name].shape)
+        rows = -(-shape[0] // self._mesh.dp_size)  # torch.chunk: every rank but the last the same
+        row_numel = self._params[name].numel() // shape[0]
+        return shape, self._mesh.dp_rank * rows * row_numel
+
+    def _is_owner(self) -> bool:
+        return True

@@ -1,0 +1,141 @@
+"""Who am I among the processes of this run, and how do we meet. The only reader of os.environ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megascale.errors import UserError
+
+LISTEN_FD = "MEGASCALE_LISTEN_FD"
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """This process's place, as the launcher that started it says.
+
+    Attributes:
+        rank: global rank.
+        world_size: number of processes.
+        local_rank: rank within this machine (selects the GPU).
+        launched: whether some launcher set the environment; False for a plain single process.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launched: bool
+
+
+def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun, deepspeed and our own launcher set them.
+
+    Raises:
+        UserError: only some of them are set, or they contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return ProcessInfo(rank=0, world_size=1, local_rank=0, launched=False)
+    try:
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local = int(env.get("LOCAL_RANK", "0"))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"the launcher's environment is incomplete: {error}",
+            rule="RANK and WORLD_SIZE must both be set, as whole numbers",
+            remedy="start with --nproc N, torchrun or deepspeed, or unset RANK and WORLD_SIZE",
+        ) from error
+    if not 0 <= rank < world:
+        raise UserError(
+            f"RANK={rank} with WORLD_SIZE={world}",
+            rule="0 <= RANK < WORLD_SIZE",
+            remedy="check the launcher; unset both for a single process",
+        )
+    return ProcessInfo(rank=rank, world_size=world, local_rank=local, launched=True)
+
+
+def choose_device(name: str, info: ProcessInfo) -> torch.device:
+    """The device of this process: `auto` takes the GPU of its local rank where there is one.
+
+    Raises:
+        UserError: cuda is asked for and this process has no GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    if info.local_rank >= count:
+        raise UserError(
+            f"local rank {info.local_rank} has no GPU: this machine shows {count}",
+            rule="each process on a machine needs a GPU of its own",
+            remedy=f"start at most {count} processes here, or set run.device=cpu",
+        )
+    device = torch.device("cuda", info.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def init_distributed(info: ProcessInfo, device: torch.device) -> None:
+    """Join the default process group (gloo on CPU, nccl and gloo with GPUs).
+
+    A single process gets a group of one, so that no caller has two ways.
+
+    Raises:
+        UserError: the rendezvous port is taken, or the head node cannot be reached.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store: dist.Store | None = None
+    if info.world_size == 1 and not info.launched:
+        store = dist.HashStore()
+    elif LISTEN_FD in os.environ:
+        store = _store_on_inherited_socket(info)
+    try:
+        if store is None:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=info.rank,
+                world_size=info.world_size,
+                timeout=COLLECTIVE_TIMEOUT,
+            )
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        raise _explain(error) from error
+
+
+def _store_on_inherited_socket(info: ProcessInfo) -> dist.Store:
+    """Rank 0 serves on the socket that the local launcher bound: no port can be lost meanwhile."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    descriptor = int(os.environ[LISTEN_FD]) if info.rank == 0 else None
+    return dist.TCPStore(
+        address,
+        port,
+        info.world_size,
+        is_master=info.rank == 0,
+        timeout=COLLECTIVE_TIMEOUT,
+        master_listen_fd=descriptor,
+        use_libuv=False,
+    )
+
+
+def _explain(error: Exception) -> UserError:
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    text = str(error)
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return UserError(
+            f"the rendezvous port of {where} is in use",
+            rule="rank 0 must be able to listen on MASTER_PORT",
+            remedy="choose another MASTER_PORT (torchrun --master-port, deepspeed --master_port), "
+            "or start with --nproc, which finds a free one",
+        )
+    return UserError(
+        f"the processes could not meet at {where}: {text.splitlines()[0] if text else error!r}",
+        rule="every rank must reach MASTER_ADDR:MASTER_PORT",
+        remedy="check MASTER_ADDR, MASTER_PORT and that all ranks were started",
+    )

@@ -1,0 +1,124 @@
+"""Causal self-attention with grouped key and value heads.
+
+The number of heads is read from the width of a projection's output, so that a model whose
+projections were cut along the heads (tensor parallelism) runs through the same lines.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megascale.models.dropout import CounterDropout
+from megascale.models.rotary import apply_rotary, rotary_tables
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """``(T, T)`` bool: query i sees keys 0..i."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def causal_document_mask(document_ids: Tensor) -> Tensor:
+    """``(B, 1, T, T)`` bool: query i sees the keys 0..i of its own document.
+
+    Args:
+        document_ids: (B, T) integers, equal within a document of a packed sample.
+    """
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
+    return same & causal_mask(document_ids.shape[1], document_ids.device)
+
+
+class CoreAttention(nn.Module):
+    """softmax(Q K^T / sqrt(K)) V with dropout on the probabilities; no parameters.
+
+    Without active dropout this is torch's fused scaled_dot_product_attention. With it the
+    probabilities must exist, because their mask is a function of the sample and not of a
+    generator: softmax in fp32, mask over the sample's (H, T, T).
+    """
+
+    def __init__(self, dropout: float, dropout_site: int) -> None:
+        super().__init__()
+        self.dropout = CounterDropout(dropout, dropout_site)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keys: Tensor | None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, H, T, K). key, value: (B, H_kv, T, K) with H_kv dividing H.
+            mask: (B, 1, T, T) bool, True where a query sees a key; None means causal.
+            keys: (B,) dropout keys of the samples.
+
+        Returns:
+            (B, H, T, K).
+        """
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            # Repeated here and not by enable_gqa, which some fused kernels answer by falling back
+            # to the one that keeps all T x T scores.
+            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        if not (self.training and self.dropout.p > 0):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None
+            )
+        if mask is None:
+            mask = causal_mask(query.shape[2], query.device)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, T, T)
+        scores = scores.float().masked_fill(~mask, -math.inf)
+        probabilities = self.dropout(scores.softmax(dim=-1), keys)
+        return probabilities.to(value.dtype) @ value
+
+
+class Attention(nn.Module):
+    """Query, key, value and output projections around :class:`CoreAttention`.
+
+    Args:
+        hidden_size: D.
+        num_heads: H. num_kv_heads: H_kv, divides H (grouped queries, arXiv:2305.13245).
+        head_dim: K.
+        bias: whether the four projections have one.
+        rope_theta: base of the rotary embedding; None for no rotation.
+        dropout: probability for the attention probabilities. dropout_site: see CounterDropout.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        rope_theta: float | None,
+        dropout: float,
+        dropout_site: int,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.core = CoreAttention(dropout, dropout_site)
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, mask: Tensor | None, keys: Tensor | None
+    ) -> Tensor:
+        """``x`` (B, T, D), ``position_ids`` (B or 1, T), ``mask`` (B, 1, T, T), ``keys`` (B,)
+        -> (B, T, D).
+        """
+        query, key, value = (
+            projected.view(*projected.shape[:2], -1, self.head_dim)  # (B, T, H_local, K)
+            for projected in (self.query(x), self.key(x), self.value(x))
+        )
+        if self.rope_theta is not None:
+            cos, sin = rotary_tables(position_ids, self.head_dim, self.rope_theta)
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        heads_first = (t.transpose(1, 2) for t in (query, key, value))  # (B, H_local, T, K)
+        attended = self.core(*heads_first, mask, keys)
+        merged = attended.transpose(1, 2).flatten(2)  # (B, T, H_local * K)
+        return self.output(merged)

@@ -1,0 +1,52 @@
+"""Analytic counts of parameters and floating-point operations of a GPT."""
+
+from __future__ import annotations
+
+from megascale.models.gpt import GPTConfig
+
+
+def _layer_matmul_weights(config: GPTConfig) -> int:
+    """Elements of the weight matrices of one layer."""
+    d, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
+    attention = 2 * d * d + 2 * d * kv_width  # query and output, key and value
+    num_matrices = 3 if config.activation == "swiglu" else 2
+    return attention + num_matrices * d * config.ffn_hidden_size
+
+
+def _layer_biases(config: GPTConfig) -> int:
+    """Elements of the linear biases of one layer."""
+    if not config.bias:
+        return 0
+    attention = 2 * config.hidden_size + 2 * config.num_kv_heads * config.head_dim
+    num_wide = 2 if config.activation == "swiglu" else 1
+    return attention + num_wide * config.ffn_hidden_size + config.hidden_size
+
+
+def num_parameters(config: GPTConfig) -> int:
+    """Parameters of the model with its head, which counts only when untied."""
+    d = config.hidden_size
+    norm = 2 * d if config.norm == "layernorm" and config.bias else d
+    layer = _layer_matmul_weights(config) + _layer_biases(config) + 2 * norm
+    tables = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    if config.position_embedding == "learned":
+        tables += config.seq_length * d
+    return tables + config.num_layers * layer + norm
+
+
+def flops_per_token(config: GPTConfig, seq_length: int) -> int:
+    """Model FLOPs per token of one forward and backward pass: ``6 N + 12 L D s``.
+
+    N counts the weights that take part in matrix products: those of the layers and the head's
+    V x D (tied or not); embedding lookups, norms and biases are left out. 12 L D s is the score
+    and value products of attention over all s positions (the causal half is not subtracted), with
+    D = heads x head width. The backward pass counts twice the forward pass; recomputation is not
+    counted. This is the convention of Megatron-LM (arXiv:2104.04473, section 5.1, without
+    recomputation) and of PaLM (arXiv:2204.02311, appendix B), hence of the MFU we print.
+
+    Args:
+        seq_length: s, tokens a sample.
+    """
+    head = config.vocab_size * config.hidden_size
+    matmul_weights = config.num_layers * _layer_matmul_weights(config) + head
+    attention_width = config.num_attention_heads * config.head_dim
+    return 6 * matmul_weights + 12 * config.num_layers * attention_width * seq_length

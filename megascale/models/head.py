@@ -1,0 +1,39 @@
+"""The language-model head: hidden states to logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LMHead(nn.Module):
+    """``logits = hidden @ weight.T``, without bias.
+
+    Args:
+        hidden_size: D. vocab_size: V.
+        tied: the head owns no weight and is given the token embedding's at each call.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, tied: bool) -> None:
+        super().__init__()
+        self.tied = tied
+        if not tied:
+            # Named initialization (initialization.py) overwrites this; it is here so that a head
+            # used alone is not left with uninitialised memory.
+            self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+            nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
+        """``hidden`` (B, T, D), ``tied_weight`` (V, D) exactly when tied -> logits (B, T, V).
+
+        Raises:
+            ValueError: a tied head without ``tied_weight``, or an untied one with it.
+        """
+        if self.tied != (tied_weight is not None):
+            raise ValueError(
+                f"LMHead(tied={self.tied}) was called with"
+                f"{'out' if tied_weight is None else ''} tied_weight; a tied head needs the token "
+                "embedding's weight at each call and an untied head takes none"
+            )
+        return F.linear(hidden, self.weight if tied_weight is None else tied_weight)

@@ -1,0 +1,35 @@
+"""Global gradient norm and clipping over whatever shards a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def sum_of_squares(gradients: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of squared elements over `gradients`, as an fp64 scalar (fp64: thousands of terms)."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch.stack(torch._foreach_norm(list(gradients)))
+    return norms.double().square().sum()
+
+
+def global_norm(
+    gradients: Sequence[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None
+) -> float:
+    """L2 norm over the parts of the gradient that the ranks of `group` hold.
+
+    Each element must be held by exactly one rank of the group (None: by this rank alone).
+    """
+    squares = sum_of_squares(gradients, device)
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return squares.sqrt().item()
+
+
+def clip_(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
+    """Scale `gradients` in place so that their global norm is at most `max_norm` (0: never)."""
+    if max_norm > 0 and norm > max_norm and gradients:
+        torch._foreach_mul_(list(gradients), max_norm / (norm + 1e-6))

@@ -1,0 +1,131 @@
+"""Replicated data parallelism with fp32 main gradients.
+
+torch's DistributedDataParallel reduces in the parameter's dtype: with bf16 weights the sum over
+micro-batches and over ranks would both be rounded to bf16. Here each bucket is one flat fp32
+buffer; micro-batch gradients are added into it in fp32, and on the last micro-batch a bucket is
+all-reduced as soon as its last gradient arrived, beside the rest of the backward:
+
+    backward:  layer N grads -> bucket 0 --all-reduce--------->
+                        layer N-1 grads -> bucket 1 --all-reduce-------->   ... finish(): wait
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+BUCKET_ELEMENTS = 8 * 1024 * 1024
+
+
+class _Bucket:
+    """One flat fp32 buffer and the parameters whose gradients live in it."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.params = params
+        total = sum(p.numel() for p in params)
+        self.buffer = torch.zeros(total, dtype=torch.float32, device=params[0].device)
+        self.pending = 0
+        self.work: dist.Work | None = None
+
+    def views(self) -> list[torch.Tensor]:
+        """The buffer cut into one view for each parameter, in its shape."""
+        parts = self.buffer.split([p.numel() for p in self.params])
+        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+
+
+class GradientReducer:
+    """Accumulates gradients in fp32 and sums them over the data-parallel group.
+
+    Args:
+        params: parameters in module order; buckets are filled from the last one backwards, since
+            that is the order in which the backward produces gradients.
+        group: data-parallel group, or None for a single process.
+    """
+
+    def __init__(
+        self, params: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None
+    ) -> None:
+        self._group = group
+        self._buckets = [_Bucket(part) for part in _cut(list(reversed(params)), BUCKET_ELEMENTS)]
+        self._reducing = False
+        self._next = 0
+        self._main: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._hooks = []
+        for bucket in self._buckets:
+            for param, view in zip(bucket.params, bucket.views(), strict=True):
+                self._main[param] = view
+                hook = self._hook(bucket, view)
+                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+        self.zero()
+
+    def main_gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """The fp32 gradient of `param`, in its shape (a view of the bucket)."""
+        return self._main[param]
+
+    def zero(self) -> None:
+        """Clear the gradients for the next step."""
+        for bucket in self._buckets:
+            bucket.buffer.zero_()
+            bucket.work = None
+            for param in bucket.params:
+                # fp32 parameters accumulate straight into the bucket; others are added by the hook
+                param.grad = self._main[param] if param.dtype == torch.float32 else None
+
+    def begin_backward(self, *, last: bool) -> None:
+        """Announce the backward of a micro-batch; `last` starts the reduction."""
+        self._reducing = last and self._group is not None
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.pending = len(bucket.params)
+
+    def finish(self) -> None:
+        """Wait until every bucket is summed over the group; call after the last backward."""
+        if not self._reducing:
+            return
+        for bucket in self._buckets[self._next :]:  # parameters without a gradient in this step
+            self._launch(bucket)
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+        self._reducing = False
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, bucket: _Bucket, main: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def after_accumulate(param: torch.Tensor) -> None:
+            grad = param.grad
+            if grad is not None and grad.data_ptr() != main.data_ptr():
+                main.add_(grad)
+                param.grad = main if param.dtype == torch.float32 else None
+            bucket.pending -= 1
+            if self._reducing:
+                self._launch_ready()
+
+        return after_accumulate
+
+    def _launch_ready(self) -> None:
+        # Strictly in bucket order: ranks must issue their collectives alike.
+        while self._next < len(self._buckets) and self._buckets[self._next].pending <= 0:
+            self._launch(self._buckets[self._next])
+            self._next += 1
+
+    def _launch(self, bucket: _Bucket) -> None:
+        bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
+
+
+def _cut(params: list[torch.nn.Parameter], limit: int) -> list[list[torch.nn.Parameter]]:
+    """Cut a list of parameters into runs of at most `limit` elements (at least one each)."""
+    runs: list[list[torch.nn.Parameter]] = []
+    filled = limit
+    for param in params:
+        if filled + param.numel() > limit:
+            runs.append([])
+            filled = 0
+        runs[-1].append(param)
+        filled += param.numel()
+    return runs

@@ -1,0 +1,141 @@
+"""From the config's data section to samples: corpora, their tokenizer, their split, their blend."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from megascale.config.schema import Config
+from megascale.data.blend import BlendedDataset
+from megascale.data.corpus import TokenCorpus
+from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
+from megascale.data.protocol import FiniteSampleSource, SampleSource
+from megascale.data.tokenizer import Tokenizer, load_tokenizer
+from megascale.errors import UserError
+
+SPLIT_NAMES = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The opened datasets of a config and the one tokenizer that they share.
+
+    Attributes:
+        corpora: in the order of the config's paths.
+        weights: sampling weights, one a corpus.
+        tokenizer: None when only Megatron prefixes without data.tokenizer are given.
+    """
+
+    corpora: tuple[TokenCorpus, ...]
+    weights: tuple[float, ...]
+    tokenizer: Tokenizer | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies contents and order of the corpora; a resume must find the same."""
+        return xxhash.xxh3_128_hexdigest(" ".join(corpus.fingerprint for corpus in self.corpora))
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        train: the endless training stream.
+        held_out: "valid" and "test" (where the split has them) -> one finite dataset a corpus.
+    """
+
+    train: SampleSource
+    held_out: dict[str, tuple[FiniteSampleSource, ...]]
+
+
+def open_corpora(config: Config) -> Corpora:
+    """Open every dataset of data.path and check that they belong together.
+
+    Raises:
+        UserError: missing or damaged data, or datasets of different tokenizers.
+    """
+    paths = config.data.weighted_paths
+    corpora = tuple(TokenCorpus.open(part.path) for part in paths)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    origin = config.data.tokenizer or ""
+    for corpus in corpora:
+        own = corpus.tokenizer
+        if own is None:
+            continue
+        if tokenizer is None:
+            tokenizer, origin = own, str(corpus.path)
+        elif own.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{corpus.path} was tokenised with {own.fingerprint}, "
+                f"{origin} is {tokenizer.fingerprint}",
+                rule="all data of a run must come from one tokenizer",
+                remedy="tokenise the texts again with the same --tokenizer",
+            )
+    return Corpora(corpora, tuple(part.weight for part in paths), tokenizer)
+
+
+def resolve_vocab_size(config: Config, corpora: Corpora) -> Config:
+    """The config with model.vocab_size filled in from the tokenizer when it was absent.
+
+    Raises:
+        UserError: it is neither given nor known, or smaller than the tokenizer's.
+    """
+    given = config.model.vocab_size
+    known = corpora.tokenizer.vocab_size if corpora.tokenizer else None
+    if known is None and given is None:
+        raise UserError(
+            "model.vocab_size is not given and the data has no tokenizer",
+            rule="the number of token ids must be known",
+            remedy="set data.tokenizer or model.vocab_size",
+        )
+    if given is not None and known is not None and given < known:
+        raise UserError(
+            f"model.vocab_size {given}",
+            rule=f"the data's tokenizer has ids up to {known - 1}, so at least {known} are needed",
+            remedy="leave model.vocab_size out, or raise it",
+        )
+    size = given if given is not None else known
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def open_gpt_data(config: Config, corpora: Corpora) -> RunData:
+    """Training and held-out samples for next-token prediction."""
+    isolate = config.data.isolate_documents
+    length = config.model.seq_length
+    seed = config.run.seed
+    parts = [
+        corpus.split(config.data.split, minimum_tokens=2) for corpus in corpora.corpora
+    ]
+    train = [
+        GPTDataset(corpus, ranges[0], length, seed, isolate)
+        for corpus, ranges in zip(corpora.corpora, parts, strict=True)
+    ]
+    held_out: dict[str, tuple[FiniteSampleSource, ...]] = {}
+    for index, name in enumerate(SPLIT_NAMES[1 : len(config.data.split)], start=1):
+        held_out[name] = tuple(
+            EvaluationDataset(corpus, ranges[index], length, isolate)
+            for corpus, ranges in zip(corpora.corpora, parts, strict=True)
+        )
+    return RunData(_blend(train, corpora.weights, seed), held_out)
+
+
+def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The tokenizer's files by path "tokenizer/...", so that a checkpoint stands on its own."""
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {
+            f"tokenizer/{file.relative_to(folder).as_posix()}": file.read_bytes()
+            for file in sorted(Path(folder).rglob("*"))
+            if file.is_file()
+        }
+
+
+def _blend(datasets: list[GPTDataset], weights: Sequence[float], seed: int) -> SampleSource:
+    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights, seed)

@@ -1,0 +1,58 @@
+"""What a run knows about itself: its position, and what one step and one validation gave."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Position of a run; everything else (data, lr, dropout) is a function of it.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        updates: steps that changed the weights.
+        samples_seen: samples consumed over all ranks: the position in the data.
+        tokens_seen: tokens consumed over all ranks.
+    """
+
+    step: int = 0
+    updates: int = 0
+    samples_seen: int = 0
+    tokens_seen: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """JSON values for the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """Inverse of `state_dict`."""
+        return cls(**{key: int(value) for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One line of metrics.jsonl: what one optimizer step gave, over all ranks.
+
+    Attributes:
+        loss: mean over the targets of the global batch, nats.
+        grad_norm: global L2 norm before clipping.
+        step_time_s: wall-clock time of the step, seconds.
+        mfu: model FLOPs per second over the measured or published peak, 0..1; None if unknown.
+        memory_bytes: resident set of this process on CPU, peak allocated on GPU.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    samples_seen: int
+    tokens_seen: int
+    step_time_s: float
+    tokens_per_second: float
+    loss_scale: float
+    skipped: bool
+    mfu: float | None = None
+    memory_bytes: int | None = None

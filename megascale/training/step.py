@@ -1,0 +1,83 @@
+"""One optimizer step, the whole of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megascale.data.loader import BatchLoader
+from megascale.data.protocol import IGNORE_LABEL
+from megascale.engine.protocol import Engine
+from megascale.errors import UserError
+from megascale.optim.schedule import LearningRateSchedule
+from megascale.parallel.mesh import ParallelMesh
+from megascale.training.state import StepResult, TrainState
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a step works with; fixed for the run."""
+
+    engine: Engine
+    loader: BatchLoader
+    schedule: LearningRateSchedule
+    mesh: ParallelMesh
+    device: torch.device
+    global_batch_size: int
+    tokens_per_sample: int
+
+
+def train_step(parts: StepParts, state: TrainState) -> StepResult:
+    """Run one step and advance `state`. Collective.
+
+    The gradient is that of the mean over all targets of the global batch, so it does not depend
+    on how the batch is cut into ranks and micro-batches, nor on how masks fall.
+
+    Raises:
+        UserError: the loss is not finite (before any weight is changed).
+    """
+    started = time.perf_counter()
+    micro_batches = [
+        {name: tensor.to(parts.device, non_blocking=True) for name, tensor in batch.items()}
+        for batch in parts.loader.load(state.samples_seen)
+    ]
+    local_targets = sum((batch["labels"] != IGNORE_LABEL).sum() for batch in micro_batches)
+    assert isinstance(local_targets, torch.Tensor)
+    targets = parts.mesh.sum_over_dp(local_targets.double()).item()
+
+    loss_sum = parts.engine.forward_backward(micro_batches, max(targets, 1.0))
+    loss = parts.mesh.sum_over_dp(loss_sum.double()).item() / max(targets, 1.0)
+    if not math.isfinite(loss):
+        raise _diverged(state.step + 1, loss)
+    lr = parts.schedule.lr_at(state.step)
+    outcome = parts.engine.step(lr)
+
+    state.step += 1
+    state.updates += not outcome.skipped
+    state.samples_seen += parts.global_batch_size
+    state.tokens_seen += parts.global_batch_size * parts.tokens_per_sample
+    elapsed = time.perf_counter() - started
+    return StepResult(
+        step=state.step,
+        loss=loss,
+        lr=lr,
+        grad_norm=outcome.grad_norm,
+        samples_seen=state.samples_seen,
+        tokens_seen=state.tokens_seen,
+        step_time_s=elapsed,
+        tokens_per_second=parts.global_batch_size * parts.tokens_per_sample / elapsed,
+        loss_scale=outcome.loss_scale,
+        skipped=outcome.skipped,
+    )
+
+
+def _diverged(step: int, loss: float) -> UserError:
+    return UserError(
+        f"the loss of step {step} is {loss}",
+        rule="the loss must be finite; the weights were not changed by this step",
+        remedy="resume from the last checkpoint with a lower optimizer.lr or a longer "
+        "schedule.warmup_steps, or use precision.dtype=fp32",
+    )
