@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "parallel"),
     ("engine", "checkpoint", "optim", "data", "resilience"),
     ("training", "launcher", "planner", "hf"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 DATA_PREP_MAY_IMPORT = ("data", "errors")

@@ -1,1 +1,1 @@
-
+"""Sharded checkpoints in a format that knows no layout."""

@@ -40,11 +40,12 @@ def neighbours(number: int, divisor: int) -> list[int]:
     return [n for n in nearest if n > 0]
 
 
-def divisors_near(number: int, wanted: int, count: int = 2) -> list[int]:
-    """The `count` divisors of `number` that are nearest to `wanted`, ascending."""
+def divisors_near(number: int, wanted: int) -> list[int]:
+    """The largest divisor of `number` that is <= `wanted` and the smallest that is >= it."""
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     every = {*small, *(number // n for n in small)}
-    return sorted(sorted(every, key=lambda n: (abs(n - wanted), n))[:count])
+    below, above = {n for n in every if n <= wanted}, {n for n in every if n >= wanted}
+    return sorted({*sorted(below)[-1:], *sorted(above)[:1]})
 
 
 def _either(numbers: Iterable[int]) -> str:
@@ -55,6 +56,7 @@ def _either(numbers: Iterable[int]) -> str:
 
 
 def heads_divide_hidden_size(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Every head has the same width."""
     hidden, heads = config.model.hidden_size, config.model.num_attention_heads
     if hidden % heads:
         rule = f"must be a multiple of model.num_attention_heads = {heads}"
@@ -66,6 +68,7 @@ def heads_divide_hidden_size(config: Config, world_size: int | None) -> Iterator
 
 
 def kv_heads_divide_heads(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Every key-value head serves the same number of query heads."""
     heads, kv_heads = config.model.num_attention_heads, config.model.resolved_num_kv_heads
     if heads % kv_heads:
         rule = f"must divide model.num_attention_heads = {heads}"
@@ -74,6 +77,7 @@ def kv_heads_divide_heads(config: Config, world_size: int | None) -> Iterator[Pr
 
 
 def rope_needs_even_head_width(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Rotary positions turn pairs of features (arXiv:2104.09864)."""
     model = config.model
     uneven = model.hidden_size % model.num_attention_heads == 0 and model.head_width % 2
     if model.position_embedding == "rope" and uneven:
@@ -87,12 +91,14 @@ def rope_needs_even_head_width(config: Config, world_size: int | None) -> Iterat
 
 
 def min_lr_below_lr(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """A decay ends below where it starts."""
     if config.schedule.min_lr > config.optimizer.lr:
         rule = f"must be <= optimizer.lr = {config.optimizer.lr}, where the decay starts"
         yield Problem("schedule.min_lr", config.schedule.min_lr, rule, "lower it or raise the lr")
 
 
 def warmup_inside_run(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The warm-up ends before the run does."""
     warmup, steps = config.schedule.warmup_steps, config.train.max_steps
     if warmup > steps:
         rule = f"must be <= train.max_steps = {steps}, else optimizer.lr is never reached"
@@ -105,11 +111,12 @@ def decay_after_warmup(config: Config, world_size: int | None) -> Iterator[Probl
     warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
     if config.schedule.name in ("linear", "cosine") and decay is not None and decay < warmup:
         rule = f"must be >= schedule.warmup_steps = {warmup}: the decay ends at this step"
-        hint = f"leave it out to decay until train.max_steps = {config.train.max_steps}"
+        hint = "leave it out to decay until train.max_steps"
         yield Problem("schedule.decay_steps", decay, rule, hint)
 
 
 def wsd_fits_run(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The warm-up and the final decay of wsd do not overlap."""
     warmup, steps = config.schedule.warmup_steps, config.train.max_steps
     decay = config.resolved_decay_steps
     if config.schedule.name == "wsd" and decay is not None and warmup + decay > steps >= warmup:
@@ -122,6 +129,7 @@ def wsd_fits_run(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 
 def inverse_sqrt_needs_warmup(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The warm-up's length is the unit in which inverse_sqrt falls."""
     if config.schedule.name == "inverse_sqrt" and config.schedule.warmup_steps == 0:
         rule = "inverse_sqrt falls as sqrt(warmup_steps / step), so it needs a warm-up"
         yield Problem("schedule.warmup_steps", 0, rule, "for example schedule.warmup_steps = 100")
@@ -148,6 +156,7 @@ def micro_batch_divides_global(config: Config, world_size: int | None) -> Iterat
 
 
 def world_size_fits_layout(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Every copy of the model has all its ranks."""
     group = config.parallel.model_parallel_size
     if world_size is None or _data_parallel_size(config, world_size) is not None:
         return
@@ -160,6 +169,7 @@ def world_size_fits_layout(config: Config, world_size: int | None) -> Iterator[P
 
 
 def batch_fits_world_size(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Every rank runs the same number of full micro-batches in a step."""
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     ranks = _data_parallel_size(config, world_size)
     if ranks is None or total % (micro * ranks) == 0:
@@ -190,6 +200,7 @@ _ASKS_FOR_VALIDATION = (
 
 
 def validation_needs_split(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """What uses the validation split finds one."""
     if config.data.has_validation:
         return
     for path in _ASKS_FOR_VALIDATION:
@@ -200,6 +211,7 @@ def validation_needs_split(config: Config, world_size: int | None) -> Iterator[P
 
 
 def stopping_needs_interval(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """What stops a run early is looked at during the run."""
     if config.evaluation.interval:
         return
     for path in ("evaluation.early_stop_patience", "evaluation.target_loss"):

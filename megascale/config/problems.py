@@ -90,4 +90,5 @@ def closest(given: object, candidates: Iterable[str], cutoff: float = 0.6) -> st
 
 
 def did_you_mean(suggestions: Sequence[str]) -> str:
+    """The suggestions as a question; empty without any."""
     return f"did you mean {' or '.join(suggestions)}?" if suggestions else ""

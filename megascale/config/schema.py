@@ -149,10 +149,12 @@ class ModelConfig(Section):
 
     @property
     def resolved_num_kv_heads(self) -> int:
+        """Number of key and value heads."""
         return self.num_kv_heads or self.num_attention_heads
 
     @property
     def resolved_ffn_hidden_size(self) -> int:
+        """F, the inner width of the feed-forward layer, in features."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.activation == "swiglu":
@@ -162,6 +164,7 @@ class ModelConfig(Section):
 
     @property
     def resolved_attention_dropout(self) -> float:
+        """Probability of dropping an attention weight in training."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
 
@@ -209,6 +212,7 @@ class DataConfig(Section):
 
     @property
     def has_validation(self) -> bool:
+        """Whether the split has a validation part."""
         return len(self.split) > 1
 
 

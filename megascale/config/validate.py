@@ -130,7 +130,8 @@ def _problem(detail: ErrorDetails) -> tuple[Problem, list[str]]:
         close = closest(value, choices, cutoff=0.67) if isinstance(value, str) else None
         hint = did_you_mean([close] if close else []) or _describe(path, field)
     else:
-        rule = _RULES.get(kind, detail["msg"]).format(**detail.get("ctx", {}))
+        known = _RULES.get(kind)
+        rule = known.format(**detail.get("ctx", {})) if known else detail["msg"]
         if kind.endswith("_type") and type(None) in get_args(annotation):
             rule += ", or null"
         hint = _type_hint(kind, value, field) or _describe(path, field)

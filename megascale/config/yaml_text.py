@@ -56,19 +56,27 @@ class _Loader(yaml.SafeLoader):
             ) from error
 
 
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _resolvers()
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+def _represent_list(dumper: yaml.representer.BaseRepresenter, data: Any) -> yaml.Node:
     scalars = not any(isinstance(item, (list, dict)) for item in data)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=scalars)
 
 
-_Dumper.add_representer(list, _represent_list)
+def _represent_str(dumper: yaml.representer.BaseRepresenter, data: Any) -> yaml.Node:
+    # Outside double quotes PyYAML writes U+0085 and its like as line breaks, read back as spaces.
+    style = None if data.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _resolvers()
+    yaml_representers = {  # noqa: RUF012
+        **yaml.SafeDumper.yaml_representers,
+        list: _represent_list,
+        str: _represent_str,
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, list[Problem]]:

@@ -1,1 +1,1 @@
-
+"""Prepared token files, and samples as arithmetic over them."""

@@ -20,7 +20,11 @@ import xxhash
 from megascale.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST),
+)
 
 
 @contextmanager
@@ -31,14 +35,14 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise UserError(
-                f"no space left on the device while writing {os.fspath(path)}",
-                rule="the output and its temporary copy must fit on the disk",
+                f"no space to write {os.fspath(path)}: {error.strerror}",
+                rule="the output and its temporary copy must fit on the disk and in every quota",
                 remedy="free some space or choose another output path, then run the command again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _NOT_WRITABLE:
             raise UserError(
-                f"may not write {os.fspath(path)}: {error.strerror}",
-                rule="the output folder must be writable",
+                f"cannot write {os.fspath(path)}: {error.strerror}",
+                rule="the folder of an output must be there and writable",
                 remedy="choose another output path or change the permissions",
             ) from error
         raise
@@ -100,8 +104,8 @@ def new_folder(path: Path, replaceable: Callable[[Path], bool]) -> Iterator[Path
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned_siblings(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
+            temporary.mkdir()
             yield temporary
             _sync_tree(temporary)
             _move_into_place(temporary, path, replaceable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ class TokenCorpus:
             return self.manifest.fingerprint
         binary, index = self._shards[0].bin_path, self._shards[0].idx_path
         size = binary.stat().st_size
-        digest = xxhash.xxh3_128(f"{file_checksum(index)} {size} ")
+        digest = xxhash.xxh3_128(f"{file_checksum(index)} {size} ".encode())
         with open(binary, "rb") as stream:
             digest.update(stream.read(_EDGE_BYTES))
             stream.seek(max(0, size - _EDGE_BYTES))
@@ -187,9 +188,9 @@ class TokenCorpus:
         Raises:
             UserError: names the file that differs.
         """
-        for shard in self._shards:
-            shard.check_index()
         if self.manifest is None:
+            for shard in self._shards:
+                shard.check_index()
             return
         for shard, record in zip(self._shards, self.manifest.shards, strict=True):
             for file, expected in (
@@ -229,7 +230,7 @@ class TokenCorpus:
         candidates = np.append(self.document_starts, self.num_tokens)
         targets = np.cumsum(fractions[:-1]) * self.num_tokens
         cuts = [0, *(_nearest(candidates, target) for target in targets), self.num_tokens]
-        parts = list(zip(cuts[:-1], cuts[1:], strict=True))
+        parts = list(itertools.pairwise(cuts))
         for number, (start, stop) in enumerate(parts):
             if stop - start < max(minimum_tokens, 1):
                 self._refuse_part(fractions, number, stop - start, max(minimum_tokens, 1))

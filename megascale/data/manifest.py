@@ -20,7 +20,7 @@ from megascale.data.token_file import bin_path, idx_path
 from megascale.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = "megascale-dataset"
+FORMAT: Literal["megascale-dataset"] = "megascale-dataset"
 VERSION = 1
 _PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
 
@@ -88,9 +88,9 @@ class DatasetManifest(_Record):
     @property
     def fingerprint(self) -> str:
         """xxh3_128 over the checksums of all shards and the tokenizer's fingerprint, in hex."""
-        digest = xxhash.xxh3_128(self.tokenizer.fingerprint)
+        digest = xxhash.xxh3_128(self.tokenizer.fingerprint.encode())
         for shard in self.shards:
-            digest.update(f"\n{shard.bin_xxh3} {shard.idx_xxh3}")
+            digest.update(f"\n{shard.bin_xxh3} {shard.idx_xxh3}".encode())
         return digest.hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> None:

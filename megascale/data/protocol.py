@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 IGNORE_LABEL = -100
-"""The label of a position that does not count in the loss (the default of torch's cross-entropy)."""
+"""The label of a position that is left out of the loss (the default of torch's cross-entropy)."""
 
 
 class SampleSource(Protocol):

@@ -68,7 +68,7 @@ def _groups(first_counts: np.ndarray, group_pairs: int) -> list[tuple[int, int]]
 def _pair_counts(
     corpus: TokenCorpus, start: int, stop: int, low: int, high: int, group_pairs: int
 ) -> np.ndarray:
-    """How often each pair occurs whose first token lies in [low, high); the pairs' order is lost."""
+    """How often each pair with its first token in [low, high) occurs; which pair is not told."""
     codes, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     waiting: list[np.ndarray] = []
     for begin in range(start, stop - 1, _CHUNK_TOKENS):

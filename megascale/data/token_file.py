@@ -96,7 +96,7 @@ class TokenFileWriter:
 
     def __enter__(self) -> TokenFileWriter:
         with disk_errors(self._bin_path):
-            self._stream = open(self._bin_temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+            self._stream = open(self._bin_temporary, "wb")
         return self
 
     def add_document(self, sequences: Sequence[np.ndarray]) -> None:

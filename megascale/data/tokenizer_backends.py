@@ -63,6 +63,7 @@ class FastTokenizer(Tokenizer):
 
     @property
     def round_trips(self) -> bool:
+        """Byte-level, with nothing around it that changes text."""
         prefix_space = any(
             part.get("add_prefix_space") or part.get("add_dummy_prefix")
             for part in _parts(self._definition["pre_tokenizer"])
@@ -78,6 +79,7 @@ class FastTokenizer(Tokenizer):
         return any(part.get("type") == "ByteLevel" for part in _parts(self._definition["decoder"]))
 
     def byte_lengths(self) -> np.ndarray:
+        """(V,) int32: see `Tokenizer.byte_lengths`."""
         added = {token["id"]: token for token in self._definition["added_tokens"]}
         measure = self._token_measure()
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
@@ -106,6 +108,7 @@ class FastTokenizer(Tokenizer):
         return lambda token, number: _utf8_length(self.decode([number]))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json`, and the config from which transformers loads it."""
         write_file(Path(folder) / FAST_FILE, self._backend.to_str(pretty=True).encode())
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -155,6 +158,7 @@ class SentencePieceTokenizer(Tokenizer):
         return False  # the model may normalise, and U+2581 always becomes a space
 
     def byte_lengths(self) -> np.ndarray:
+        """(V,) int32: see `Tokenizer.byte_lengths`."""
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for number in range(self.vocab_size):
             special = self._processor.is_control(number) or self._processor.is_unknown(number)
@@ -198,6 +202,7 @@ class TransformersTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
+        """Over the class, its vocabulary and special tokens, and a sentencepiece model."""
         special = {name: str(token) for name, token in self._backend.special_tokens_map.items()}
         content = [type(self._backend).__name__, sorted(self._vocabulary.items()), special]
         canonical = json.dumps(content, sort_keys=True, ensure_ascii=False)
@@ -212,6 +217,7 @@ class TransformersTokenizer(Tokenizer):
         return False
 
     def byte_lengths(self) -> np.ndarray:
+        """(V,) int32: see `Tokenizer.byte_lengths`."""
         special = set(self._backend.all_special_ids)
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for token, number in self._vocabulary.items():
@@ -238,7 +244,7 @@ def load_with_transformers(folder: Path) -> Tokenizer:
     known = {"tokenizer_config.json", "config.json", "vocab.json", "vocab.txt", "merges.txt"}
     if not files & known:
         raise UserError(
-            f"{folder} holds no tokenizer file (found: {', '.join(sorted(files)[:8]) or 'nothing'})",
+            f"{folder} holds no tokenizer, only {', '.join(sorted(files)[:8]) or 'nothing'}",
             rule="a tokenizer folder holds tokenizer.json, a sentencepiece model, or the files "
             "that transformers' AutoTokenizer loads",
             remedy="give the folder that holds tokenizer.json",
@@ -248,7 +254,7 @@ def load_with_transformers(folder: Path) -> Tokenizer:
     loaded = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
     if getattr(loaded, "is_fast", False):
         eos_token = loaded.eos_token
-        return FastTokenizer(loaded.backend_tokenizer, None if eos_token is None else eos_token)
+        return FastTokenizer(loaded.backend_tokenizer, eos_token)
     return TransformersTokenizer(loaded)
 
 

@@ -1,1 +1,1 @@
-
+"""The engines that own parameters, gradients and optimizer, behind one protocol."""

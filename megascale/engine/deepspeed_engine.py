@@ -13,19 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_local_grad
 from torch import nn
 
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.mesh import ParallelMesh
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import deepspeed
-    from deepspeed.runtime.utils import all_gather_dp_groups
-    from deepspeed.utils import logger as deepspeed_logger
-    from deepspeed.utils import safe_get_local_grad
 
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
 _MAX_BUCKET = 50_000_000
@@ -277,3 +275,4 @@ def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
 def _silence() -> None:
     """DeepSpeed logs every setting at INFO; a run's console belongs to its own progress."""
     deepspeed_logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

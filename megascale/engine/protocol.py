@@ -49,7 +49,22 @@ class StepOutcome:
     loss_scale: float
 
 
-class Engine(Protocol):
+class Evaluable(Protocol):
+    """What an evaluation needs: an engine, or a model loaded from a checkpoint."""
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss sum, number of targets) without gradients; call inside `evaluating()`.
+
+        Collective under ZeRO-3: every rank must call it equally often.
+        """
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Context in which the module is in eval mode and records no gradients."""
+        ...
+
+
+class Engine(Evaluable, Protocol):
     """Owns the module's parameters, gradients and optimizer under one ZeRO stage.
 
     The module's forward takes a micro-batch's tensors as keywords and returns
@@ -74,17 +89,6 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> StepOutcome:
         """Clip, update with learning rate `lr`, clear gradients."""
-        ...
-
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss sum, number of targets) without gradients; call inside `evaluating()`.
-
-        Collective under ZeRO-3: every rank must call it equally often.
-        """
-        ...
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Context in which the module is in eval mode and records no gradients."""
         ...
 
     def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:

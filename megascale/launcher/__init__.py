@@ -1,1 +1,1 @@
-
+"""Starting processes and letting them meet; the only reader of the environment."""

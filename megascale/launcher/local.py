@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-LISTEN_FD = "MEGASCALE_LISTEN_FD"  # also in rendezvous.py, which imports torch: seconds we save
+from megascale.launcher.environment import LISTEN_FD
+
 _GRACE_S = 10.0
 _TAIL_LINES = 60
 

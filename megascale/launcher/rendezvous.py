@@ -1,63 +1,17 @@
-"""Who am I among the processes of this run, and how do we meet. The only reader of os.environ."""
+"""How the processes of a run meet, and which device each takes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megascale.errors import UserError
+from megascale.launcher.environment import LISTEN_FD, ProcessInfo
 
-LISTEN_FD = "MEGASCALE_LISTEN_FD"
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-
-@dataclass(frozen=True)
-class ProcessInfo:
-    """This process's place, as the launcher that started it says.
-
-    Attributes:
-        rank: global rank.
-        world_size: number of processes.
-        local_rank: rank within this machine (selects the GPU).
-        launched: whether some launcher set the environment; False for a plain single process.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    launched: bool
-
-
-def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun, deepspeed and our own launcher set them.
-
-    Raises:
-        UserError: only some of them are set, or they contradict each other.
-    """
-    env = os.environ if environment is None else environment
-    if "RANK" not in env and "WORLD_SIZE" not in env:
-        return ProcessInfo(rank=0, world_size=1, local_rank=0, launched=False)
-    try:
-        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local = int(env.get("LOCAL_RANK", "0"))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"the launcher's environment is incomplete: {error}",
-            rule="RANK and WORLD_SIZE must both be set, as whole numbers",
-            remedy="start with --nproc N, torchrun or deepspeed, or unset RANK and WORLD_SIZE",
-        ) from error
-    if not 0 <= rank < world:
-        raise UserError(
-            f"RANK={rank} with WORLD_SIZE={world}",
-            rule="0 <= RANK < WORLD_SIZE",
-            remedy="check the launcher; unset both for a single process",
-        )
-    return ProcessInfo(rank=rank, world_size=world, local_rank=local, launched=True)
 
 
 def choose_device(name: str, info: ProcessInfo) -> torch.device:
@@ -88,6 +42,9 @@ def init_distributed(info: ProcessInfo, device: torch.device) -> None:
     Raises:
         UserError: the rendezvous port is taken, or the head node cannot be reached.
     """
+    # deepspeed asks the environment for these instead of its caller
+    os.environ.setdefault("LOCAL_RANK", str(info.local_rank))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store: dist.Store | None = None
     if info.world_size == 1 and not info.launched:

@@ -1,1 +1,1 @@
-
+"""Who is where, and how a tensor is split and reduced over ranks."""

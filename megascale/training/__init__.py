@@ -1,1 +1,1 @@
-
+"""Assembling and running a training, and using what it made."""

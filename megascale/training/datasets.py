@@ -37,7 +37,9 @@ class Corpora:
     @property
     def fingerprint(self) -> str:
         """Identifies contents and order of the corpora; a resume must find the same."""
-        return xxhash.xxh3_128_hexdigest(" ".join(corpus.fingerprint for corpus in self.corpora))
+        return xxhash.xxh3_128_hexdigest(
+            " ".join(corpus.fingerprint for corpus in self.corpora).encode()
+        )
 
 
 @dataclass(frozen=True)

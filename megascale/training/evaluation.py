@@ -11,7 +11,7 @@ import torch
 
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import IGNORE_LABEL
-from megascale.engine.protocol import Engine
+from megascale.engine.protocol import Evaluable
 from megascale.parallel.mesh import ParallelMesh
 
 
@@ -43,7 +43,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Evaluable,
     loaders: Iterable[EvaluationLoader],
     mesh: ParallelMesh,
     device: torch.device,

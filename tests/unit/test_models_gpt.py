@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megascale.errors import UserError
-from megascale.models.dropout import sample_keys
+from megascale.models.dropout import CounterDropout, sample_keys
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
@@ -121,7 +121,7 @@ def test_explicit_attention_equals_fused(config: GPTConfig) -> None:
 
 
 @STYLES
-def test_dropout_does_not_depend_on_the_batch_and_every_site_drops(config: GPTConfig) -> None:
+def test_dropout_does_not_depend_on_the_batch(config: GPTConfig) -> None:
     model = build(config, dropout=0.3, attention_dropout=0.2)
     ids, keys = tokens(3, 10), sample_keys(5, torch.tensor([30, 10, 20]))
     together = model(ids, dropout_keys=keys)
@@ -129,15 +129,28 @@ def test_dropout_does_not_depend_on_the_batch_and_every_site_drops(config: GPTCo
     for row in range(3):
         alone = model(ids[row : row + 1], dropout_keys=keys[row : row + 1])
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=3e-6)
-    sites = [module.site for module in model.modules() if hasattr(module, "site")]
-    assert len(sites) == len(set(sites)) == 1 + 3 * config.num_layers
-    for changes in ({"dropout": 0.0}, {"attention_dropout": 0.0}):
-        other = build(config, **{"dropout": 0.3, "attention_dropout": 0.2, **changes})
-        assert (other(ids, dropout_keys=keys) - together).abs().max() > 1e-2
-    quiet = build(config)(ids)
-    torch.testing.assert_close(model.eval()(ids), quiet, rtol=0, atol=0)
+    torch.testing.assert_close(model.eval()(ids), build(config)(ids), rtol=0, atol=0)
     with pytest.raises(ValueError, match="dropout_keys"):
         model.train()(ids)
+
+
+@STYLES
+def test_every_dropout_site_is_its_own_and_drops(config: GPTConfig) -> None:
+    model = build(config, dropout=0.3, attention_dropout=0.2)
+    drops = {n: m for n, m in model.named_modules() if isinstance(m, CounterDropout)}
+    places = ("attention.core.dropout", "attention_dropout", "mlp_dropout")
+    expected = {f"layers.{layer}.{place}" for layer in range(3) for place in places}
+    assert set(drops) == expected | {"embedding.dropout"}
+    assert len({drop.site for drop in drops.values()}) == len(drops)
+    for name, drop in drops.items():
+        assert drop.p == (0.2 if "core" in name else 0.3), name
+
+    ids, keys = tokens(3, 10), sample_keys(5, torch.arange(3))
+    quiet = build(config)(ids)
+    for name, drop in drops.items():
+        for other in drops.values():
+            other.train(other is drop)
+        assert (model(ids, dropout_keys=keys) - quiet).abs().max() > 1e-2, name
 
 
 @STYLES

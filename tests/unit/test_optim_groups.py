@@ -23,7 +23,7 @@ CONFIG = GPTConfig(
 
 
 def build(name: str, groups: list[dict[str, Any]], momentum: float = 0.9) -> torch.optim.Optimizer:
-    return build_optimizer(name, groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, momentum=momentum)
+    return build_optimizer(name, groups, lr=0.1, betas=(0.8, 0.9), eps=0.5, momentum=momentum)
 
 
 def test_groups_are_complete_disjoint_and_in_order() -> None:
@@ -52,9 +52,9 @@ def test_adamw_first_update_by_hand_and_states_by_name() -> None:
     optimizer = build("adamw", weight_decay_groups([("m", matrix), ("b", bias)], 0.5))
     matrix.grad, bias.grad = torch.full((2, 2), 0.5), torch.full((2,), -0.5)
     optimizer.step()
-    # The first bias-corrected step is lr * sign(grad); the matrix alone decays, by lr * 0.5.
-    torch.testing.assert_close(matrix.data, torch.full((2, 2), 3.0 * (1 - 0.1 * 0.5) - 0.1))
-    torch.testing.assert_close(bias.data, torch.full((2,), 3.0 + 0.1))
+    # The first bias-corrected step is lr * grad / (|grad| + eps); the matrix alone decays.
+    torch.testing.assert_close(matrix.data, torch.full((2, 2), 3.0 * (1 - 0.1 * 0.5) - 0.05))
+    torch.testing.assert_close(bias.data, torch.full((2,), 3.0 + 0.05))
     state = optimizer.state[matrix]
     assert set(state) == {*STATE_KEYS["adamw"], "step"}
     torch.testing.assert_close(state["exp_avg"], torch.full((2, 2), 0.5 * 0.2))

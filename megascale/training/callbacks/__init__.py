@@ -1,1 +1,1 @@
-
+"""Everything around the mathematics of a step, one concern a file."""

@@ -1,0 +1,196 @@
+"""Where text comes from: files, folders and globs of text or jsonl, and `python-stdlib`.
+
+Finding the files is here; reading documents out of them is in `documents`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import fsspec
+import xxhash
+
+from megascale.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+_JSONL_NAMES = (".jsonl", ".ndjson")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+_STDLIB_SUFFIXES = (".py", ".txt", ".rst")
+_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_TOPICS_FILE = "pydoc_data/topics.py"
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One thing to read documents from.
+
+    Attributes:
+        name: how reports call it.
+        kind: how documents lie in it.
+        path: its path in `filesystem`; empty where `text` is the content.
+        text: the content itself, one document.
+    """
+
+    name: str
+    kind: Literal["text", "jsonl", "inline"]
+    filesystem: Any = None
+    path: str = ""
+    text: str = ""
+
+    def open(self, decompress: bool = True) -> BinaryIO:
+        """Open for reading bytes; `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way."""
+        return self.filesystem.open(self.path, "rb", compression="infer" if decompress else None)
+
+
+def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """Every file that the inputs name, in the order given and sorted within each.
+
+    Args:
+        inputs: paths, folders (read recursively), globs, fsspec URLs, or `python-stdlib`.
+
+    Raises:
+        UserError: an input names nothing, or its file system cannot be used.
+    """
+    found: list[InputFile] = []
+    for item in inputs:
+        found.extend(_stdlib_files() if item == PYTHON_STDLIB else _named_files(item))
+    return found
+
+
+def describe_source(inputs: Sequence[str], files: Iterable[InputFile]) -> dict[str, Any]:
+    """What a manifest keeps of the source; its `fingerprint` covers every name and byte.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    digest, count, size = xxhash.xxh3_128(), 0, 0
+    for file in files:
+        content, file_size = _content_hash(file)
+        digest.update(f"{file.name}\n{file.kind}\n{content}\n".encode("utf-8", "surrogateescape"))
+        count, size = count + 1, size + file_size
+    description: dict[str, Any] = {
+        "inputs": list(inputs),
+        "files": count,
+        "bytes": size,
+        "fingerprint": digest.hexdigest(),
+    }
+    if PYTHON_STDLIB in inputs:
+        description["python"] = platform.python_version()
+    return description
+
+
+def _content_hash(file: InputFile) -> tuple[str, int]:
+    if file.kind == "inline":
+        content = file.text.encode()
+        return xxhash.xxh3_128_hexdigest(content), len(content)
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with file.open(decompress=False) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise unreadable(file.name, error) from error
+    return digest.hexdigest(), size
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """The error for an input that exists and cannot be read."""
+    return UserError(
+        f"{name} cannot be read: {error}",
+        rule="every input file must be readable",
+        remedy="change its permissions, or leave it out",
+    )
+
+
+def _named_files(item: str) -> list[InputFile]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(item)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"--input {item} needs a file system that is not installed: {error}",
+            rule="paths are opened through fsspec",
+            remedy="install the package it names, or copy the files to this machine",
+        ) from error
+    if filesystem.isfile(path):
+        paths = [path]
+    elif filesystem.isdir(path):
+        paths = [found for found in sorted(filesystem.find(path)) if not _hidden(found, path)]
+    elif any(character in path for character in "*?["):
+        paths = sorted(found for found in filesystem.glob(path) if filesystem.isfile(found))
+    else:
+        raise _missing_input(item)
+    if not paths:
+        raise UserError(
+            f"--input {item} names no file",
+            rule="an input is a file, a folder with files, or a glob that matches some",
+            remedy="check the path; put a glob in quotes",
+        )
+    return [InputFile(found, _kind(found), filesystem, found) for found in paths]
+
+
+def _hidden(path: str, folder: str) -> bool:
+    return any(part.startswith(".") for part in path[len(folder) :].split("/"))
+
+
+def _kind(path: str) -> Literal["text", "jsonl"]:
+    for suffix in COMPRESSED_SUFFIXES:
+        path = path.removesuffix(suffix)
+    return "jsonl" if path.endswith(_JSONL_NAMES) else "text"
+
+
+def _missing_input(item: str) -> UserError:
+    folder = Path(item).parent
+    names = [PYTHON_STDLIB]
+    if folder.is_dir():
+        names += [os.fspath(entry) for entry in folder.iterdir()]
+    close = difflib.get_close_matches(item, names, n=1)
+    return UserError(
+        f"--input {item} does not exist",
+        rule=f"an input is a file, a folder, a glob, or the word {PYTHON_STDLIB}",
+        remedy=f"did you mean {close[0]}?" if close else "check the path",
+    )
+
+
+def _stdlib_files() -> list[InputFile]:
+    """Sources and documentation of the running Python, without its tests.
+
+    Ordered by a hash of the relative name: a contiguous split would otherwise hold out the end of
+    the alphabet. The help texts of `pydoc_data` are read as prose, one document each.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    local = fsspec.filesystem("file")
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _STDLIB_LEFT_OUT]
+        for name in names:
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if path.suffix in _STDLIB_SUFFIXES and relative != _TOPICS_FILE and path.is_file():
+                files.append(InputFile(relative, "text", local, os.fspath(path)))
+    if not files:
+        raise UserError(
+            f"no source of the Python standard library in {root}",
+            rule=f"{PYTHON_STDLIB} reads the .py files that a Python installation ships",
+            remedy="use a Python with its sources, or give --input with text of your own",
+        )
+    files.extend(_help_topics())
+    return sorted(files, key=lambda file: (xxhash.xxh3_64_intdigest(file.name.encode()), file.name))
+
+
+def _help_topics() -> list[InputFile]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it apart
+        return []
+    return [
+        InputFile(f"{_TOPICS_FILE}:{name}", "inline", text=text) for name, text in topics.items()
+    ]

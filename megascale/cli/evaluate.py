@@ -1,0 +1,53 @@
+"""`megascale evaluate CKPT`: loss, perplexity and bits per byte on held-out text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megascale.cli.process import distributed_process, launch_ranks
+from megascale.cli.train import Nproc
+
+CheckpointFolder = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A checkpoint folder, .../checkpoints/step_XXXXXXXX.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def evaluate(
+    checkpoint: CheckpointFolder,
+    split: Annotated[str, typer.Option(help="valid, test, or a part of --data.")] = "valid",
+    data: Annotated[
+        str | None, typer.Option(help="Another prepared dataset; all of it is evaluated.")
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also print the unigram and bigram entropy of the training data.")
+    ] = False,
+    nproc: Nproc = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Evaluate a checkpoint on a held-out split."""
+    if launch_ranks(nproc, Path(checkpoint) / ".." / ".." / "logs"):
+        return
+    with distributed_process(device) as place:
+        from megascale.training.held_out import evaluate_checkpoint
+
+        report = evaluate_checkpoint(
+            checkpoint, place, split=split, data=data, max_samples=max_samples, baselines=baselines
+        )
+        if report is not None:
+            typer.echo(json.dumps(report) if as_json else _table(report))
+
+
+def _table(report: dict[str, object]) -> str:
+    width = max(len(name) for name in report)
+    rows = []
+    for name, value in report.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        rows.append(f"{name:<{width}}  {shown}")
+    return "\n".join(rows)

@@ -1,0 +1,57 @@
+"""The `megascale` command: one file a subcommand, user errors without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from megascale import __version__
+from megascale.cli import config as config_command
+from megascale.cli.evaluate import evaluate
+from megascale.cli.generate import generate
+from megascale.cli.train import train
+from megascale.errors import UserError
+
+app = typer.Typer(
+    help="Pretrain GPT and BERT at scale; every layout is the same training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+app.add_typer(config_command.app, name="config")
+app.command()(train)
+app.command()(evaluate)
+app.command()(generate)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = -1,
+) -> None:
+    """The deepspeed launcher puts --local_rank=N before the subcommand; LOCAL_RANK says it too."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 success, 2 mistake of the user, 130 interrupted, 1 a bug."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

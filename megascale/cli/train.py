@@ -1,0 +1,50 @@
+"""`megascale train CONFIG`: the main job, alone or under any launcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megascale.cli.config import ConfigFile, Overrides, all_checks
+from megascale.cli.process import distributed_process, launch_ranks
+from megascale.config.load import load_config
+from megascale.config.schema import Config
+
+Nproc = Annotated[
+    int | None, typer.Option(min=1, help="Start this many processes on this machine.")
+]
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")
+    ] = False,
+) -> None:
+    """Pretrain a model; also under torchrun or the deepspeed launcher."""
+    # torch costs seconds: what can be refused is refused before it is imported
+    from megascale.launcher.environment import world_size_of
+
+    checked = load_config(
+        config, overrides or (), checks=all_checks(), world_size=world_size_of(nproc)
+    )
+    if launch_ranks(nproc, Path(checked.run.output_dir) / "logs"):
+        return
+    _train(checked, resume)
+
+
+def _train(config: Config, resume: bool) -> None:
+    from rich.console import Console
+
+    from megascale.training.assemble import assemble
+
+    with distributed_process(config.run.device) as device:
+        run = assemble(config, device, resume=resume, console=Console())
+        try:
+            run.trainer.fit()
+        finally:
+            run.engine.close()

@@ -1,0 +1,286 @@
+"""From a config to a run, in the one legal order, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from megascale import __version__
+from megascale.checkpoint.manager import CheckpointManager
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.config.load import dump_config
+from megascale.config.schema import Config
+from megascale.data.loader import BatchLoader, EvaluationLoader
+from megascale.data.protocol import FiniteSampleSource
+from megascale.engine.capabilities import choose_engine
+from megascale.engine.factory import DTYPES, build_engine
+from megascale.engine.protocol import Engine, OptimizerRecipe
+from megascale.errors import UserError
+from megascale.optim.factory import STATE_KEYS, build_optimizer
+from megascale.optim.param_groups import weight_decay_groups
+from megascale.optim.schedule import LearningRateSchedule
+from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.training.callbacks.base import Callback
+from megascale.training.callbacks.checkpointing import CheckpointCallback
+from megascale.training.callbacks.console import ConsoleCallback
+from megascale.training.callbacks.early_stop import EarlyStopCallback
+from megascale.training.callbacks.metrics_file import MetricsFileCallback
+from megascale.training.callbacks.tensorboard import TensorBoardCallback
+from megascale.training.callbacks.validation import ValidationCallback
+from megascale.training.datasets import (
+    Corpora,
+    RunData,
+    open_corpora,
+    resolve_vocab_size,
+    tokenizer_files,
+)
+from megascale.training.hardware import peak_flops
+from megascale.training.resume import load_state, require_same_data
+from megascale.training.state import TrainState
+from megascale.training.step import StepParts
+from megascale.training.tasks.base import Task
+from megascale.training.tasks.registry import build_task
+from megascale.training.throughput import Throughput
+from megascale.training.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """An assembled run, ready for `trainer.fit()`."""
+
+    config: Config
+    trainer: Trainer
+    engine: Engine
+    corpora: Corpora
+    data: RunData
+
+
+def assemble(
+    config: Config, device: torch.device, *, resume: bool = False, console: Console | None = None
+) -> Run:
+    """Build everything that a run needs; the default process group must be initialised.
+
+    Args:
+        config: checked against the world size.
+        device: this process's device.
+        resume: continue from the newest intact checkpoint of run.output_dir.
+        console: where progress goes; None prints nothing.
+
+    Raises:
+        UserError: data, output folder or checkpoint do not fit the config.
+    """
+    mesh = build_mesh(
+        device.type,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+    )
+    say = _speaker(console, mesh)
+    corpora = open_corpora(config)
+    config = resolve_vocab_size(config, corpora)
+    manager = CheckpointManager(f"{config.run.output_dir}/checkpoints", config.checkpoint.keep_last)
+    reader = _find_checkpoint(manager, resume, say)
+    _prepare_output(config, mesh)
+
+    task = build_task(config)
+    data = task.open_data(corpora)
+    engine = assemble_engine(config, task, mesh, device)
+
+    state = TrainState()
+    saved: dict[str, Any] = {}
+    if reader is not None:
+        require_same_data(reader, corpora.fingerprint, config.run.seed)
+        state, saved = load_state(reader, engine, mesh)
+        reader.close()
+        say(f"resumed from {reader.storage.root} at step {state.step}")
+
+    parts = StepParts(
+        engine=engine,
+        loader=BatchLoader(
+            data.train,
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
+            mesh.dp_rank,
+            mesh.dp_size,
+        ),
+        schedule=build_schedule(config),
+        mesh=mesh,
+        device=device,
+        global_batch_size=config.train.global_batch_size,
+        tokens_per_sample=task.tokens_per_sample(),
+    )
+    callbacks = _callbacks(config, corpora, data, mesh, manager, console)
+    for callback in callbacks:
+        if callback.name in saved:
+            callback.load_state_dict(saved[callback.name])
+    enrich = Throughput(
+        task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype])
+    )
+    trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
+    say(_headline(config, engine.module, mesh, device))
+    return Run(config, trainer, engine, corpora, data)
+
+
+def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
+    """Model on the meta device -> materialise -> initialise by name -> engine."""
+    with torch.device("meta"):
+        module = task.build_module()
+    module = module.to_empty(device=device)
+    task.initialize(module)
+    return build_engine(config, module, task.blocks(module), optimizer_recipe(config), mesh)
+
+
+def optimizer_recipe(config: Config) -> OptimizerRecipe:
+    """How every engine builds the config's optimizer."""
+    optimizer = config.optimizer
+
+    def build(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+        groups = weight_decay_groups(
+            ((name, tensor) for name, tensor in named), optimizer.weight_decay
+        )
+        for group in groups:
+            group.pop("names")
+        return build_optimizer(
+            optimizer.name,
+            groups,
+            optimizer.lr,
+            optimizer.betas,
+            optimizer.eps,
+            optimizer.momentum,
+        )
+
+    keeps_state = optimizer.name != "sgd" or optimizer.momentum > 0
+    return OptimizerRecipe(
+        build=build,
+        state_keys=STATE_KEYS[optimizer.name] if keeps_state else (),
+        counts_steps=optimizer.name == "adamw",
+        grad_clip=optimizer.grad_clip,
+    )
+
+
+def build_schedule(config: Config) -> LearningRateSchedule:
+    """The learning rate as a function of the step."""
+    return LearningRateSchedule(
+        name=config.schedule.name,
+        lr=config.optimizer.lr,
+        min_lr=config.schedule.min_lr,
+        warmup_steps=config.schedule.warmup_steps,
+        max_steps=config.train.max_steps,
+        decay_steps=config.schedule.decay_steps,
+    )
+
+
+def evaluation_loaders(
+    datasets: Iterable[FiniteSampleSource],
+    micro_batch_size: int,
+    mesh: ParallelMesh,
+    max_samples: int | None = None,
+) -> list[EvaluationLoader]:
+    """One loader a dataset, dealt over the data-parallel ranks."""
+    return [
+        EvaluationLoader(dataset, micro_batch_size, mesh.dp_rank, mesh.dp_size, max_samples)
+        for dataset in datasets
+    ]
+
+
+def _callbacks(
+    config: Config,
+    corpora: Corpora,
+    data: RunData,
+    mesh: ParallelMesh,
+    manager: CheckpointManager,
+    console: Console | None,
+) -> list[Callback]:
+    """In the order in which a step's result passes them: judge, record, show, save."""
+    output = Path(config.run.output_dir)
+    evaluation = config.evaluation
+    loaders = evaluation_loaders(
+        data.held_out.get("valid", ()),
+        config.train.micro_batch_size,
+        mesh,
+        evaluation.max_samples,
+    )
+    callbacks: list[Callback] = [
+        ValidationCallback(loaders, evaluation.interval),
+        EarlyStopCallback(
+            evaluation.early_stop_patience,
+            evaluation.early_stop_min_delta,
+            evaluation.target_loss,
+        ),
+        MetricsFileCallback(output / "metrics.jsonl"),
+    ]
+    if console is not None:
+        callbacks.append(ConsoleCallback(console, config.logging.log_interval))
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardCallback(output / "tensorboard"))
+    attachments = {"config.yaml": dump_config(config).encode(), **tokenizer_files(corpora.tokenizer)}
+    constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
+    callbacks.append(
+        CheckpointCallback(manager, config.checkpoint.save_interval, constants, attachments)
+    )
+    return callbacks
+
+
+def _find_checkpoint(
+    manager: CheckpointManager, resume: bool, say: Callable[[str], None]
+) -> CheckpointReader | None:
+    """The checkpoint to continue from, or None for a new run."""
+    if not resume:
+        existing = manager.steps()
+        if existing:
+            raise UserError(
+                f"{manager.root} already holds checkpoints, the newest of step {existing[-1]}",
+                rule="a new run may not overwrite another one",
+                remedy="continue it with --resume, or choose another run.output_dir",
+            )
+        return None
+    reader, notes = manager.open_newest_intact()
+    for note in notes:
+        say(f"warning: {note}")
+    if reader is None:
+        say(f"--resume: no checkpoint in {manager.root} yet, starting from step 0")
+    return reader
+
+
+def _prepare_output(config: Config, mesh: ParallelMesh) -> None:
+    """Create the run's folder and save the resolved config in it."""
+    if not mesh.is_main:
+        return
+    output = Path(config.run.output_dir)
+    try:
+        (output / "logs").mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to run.output_dir {output}: {error.strerror}",
+            rule="a run needs a folder that it may write to",
+            remedy="choose another run.output_dir, or free space",
+        ) from error
+
+
+def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if console is not None and mesh.is_main:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    return say
+
+
+def _headline(
+    config: Config, module: nn.Module, mesh: ParallelMesh, device: torch.device
+) -> str:
+    def numel(parameter: Any) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    parameters = sum(numel(parameter) for parameter in module.parameters())
+    return (
+        f"megascale {__version__}: {config.model.family}, {parameters:,} parameters, "
+        f"{mesh.world_size} process(es) on {device.type}, engine {choose_engine(config)}, "
+        f"ZeRO stage {config.parallel.zero_stage}, {config.precision.dtype}"
+    )

@@ -1,0 +1,77 @@
+"""metrics.jsonl: one JSON line a step, nothing twice after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megascale.training.callbacks.base import Callback
+from megascale.training.evaluation import EvaluationResult
+from megascale.training.state import StepResult
+from megascale.training.trainer import Trainer
+
+
+class MetricsFileCallback(Callback):
+    """Appends each step to `path`; the line of a validated step also has valid_loss.
+
+    Must come after the validation in the list of callbacks.
+    """
+
+    name = "metrics_file"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: Any = None
+        self._evaluation: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Drop the lines after the step that the run resumes from."""
+        if not trainer.parts.mesh.is_main:
+            return
+        keep_until_step(self._path, trainer.state.step)
+        self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
+        """Remember the validation for the line of this step."""
+        self._evaluation = {f"{split}_loss": result.loss, f"{split}_tokens": result.tokens}
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Write the step's line."""
+        if self._stream is not None:
+            line = {**asdict(result), **self._evaluation}
+            safe = {k: _json_number(v) for k, v in line.items()}
+            self._stream.write(json.dumps(safe, allow_nan=False) + "\n")
+        self._evaluation = {}
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def keep_until_step(path: Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`, atomically; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if orjson.loads(line)["step"] <= step:
+                kept.append(line)
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            continue  # the process was killed while it wrote this line
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN or infinity: a skipped step's norm is written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

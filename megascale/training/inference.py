@@ -1,0 +1,96 @@
+"""A trained model from its checkpoint, for evaluation and generation, in any layout's files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.config.load import load_config
+from megascale.config.schema import Config
+from megascale.data.tokenizer import Tokenizer, load_tokenizer
+from megascale.errors import UserError
+from megascale.parallel.fragment import Fragment, whole_box
+from megascale.training.tasks.base import Task
+from megascale.training.tasks.registry import build_task
+
+
+class LoadedModel:
+    """A checkpoint's model, whole, on one device; read-only.
+
+    Offers the part of the engine protocol that `evaluate` needs.
+
+    Args:
+        path: a checkpoint folder (step_XXXXXXXX).
+        device: where to put the weights (fp32).
+
+    Raises:
+        UserError: not a complete checkpoint, or a damaged one (all checksums are compared).
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        self.reader = CheckpointReader(path)
+        self.reader.require_intact()
+        self.step = self.reader.manifest.step
+        self.config: Config = load_config(yaml.safe_load(self.reader.attachment("config.yaml")))
+        self.task: Task = build_task(self.config)
+        with torch.device("meta"):
+            module = self.task.build_module()
+        self.module: nn.Module = module.to_empty(device=device)
+        self._fill()
+        self.module.eval()
+        self.tokenizer = self._load_tokenizer()
+        self.reader.close()
+
+    def forward(
+        self, micro_batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss sum, number of targets) of a micro-batch."""
+        return self.module(**micro_batch)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context without gradients."""
+        with torch.no_grad():
+            yield
+
+    def _fill(self) -> None:
+        shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
+        self.reader.check_parameters(shapes, ("master",))
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                shape = shapes[name]
+                flat = parameter.detach().view(-1)
+                self.reader.fill(Fragment(name, "master", shape, whole_box(shape), 0, flat))
+
+    def _load_tokenizer(self) -> Tokenizer | None:
+        files = [f.path for f in self.reader.manifest.files if f.path.startswith("tokenizer/")]
+        if not files:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            for path in files:
+                target = Path(folder) / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.reader.attachment(path))
+            return load_tokenizer(Path(folder) / "tokenizer")
+
+
+def require_tokenizer(model: LoadedModel) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the checkpoint has none (trained on a Megatron prefix without data.tokenizer).
+    """
+    if model.tokenizer is None:
+        raise UserError(
+            f"checkpoint {model.reader.storage.root} has no tokenizer",
+            rule="text can only be read and written with the tokenizer of the training data",
+            remedy="train with data.tokenizer set, or on a dataset that data_prep wrote",
+        )
+    return model.tokenizer

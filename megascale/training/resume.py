@@ -1,0 +1,75 @@
+"""Continuing a run from a checkpoint, in whatever layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.engine.protocol import Engine
+from megascale.errors import UserError
+from megascale.parallel.mesh import ParallelMesh
+from megascale.training.state import TrainState
+
+
+def require_same_data(reader: CheckpointReader, fingerprint: str, seed: int) -> None:
+    """Refuse to continue on other data or another order: samples would be lost or repeated.
+
+    Raises:
+        UserError: the fingerprint or the seed differs from the checkpoint's.
+    """
+    state = reader.manifest.state
+    if state.get("data_fingerprint") != fingerprint:
+        raise UserError(
+            f"data.path has the fingerprint {fingerprint}",
+            rule=f"checkpoint {reader.storage.root} was trained on {state.get('data_fingerprint')}",
+            remedy="give the dataset that the run began with, or start a new run.output_dir",
+        )
+    if state.get("seed") != seed:
+        raise UserError(
+            f"run.seed {seed}",
+            rule=f"checkpoint {reader.storage.root} was trained with seed {state.get('seed')}; "
+            "another seed would change the order of samples in the middle of a run",
+            remedy=f"set run.seed={state.get('seed')}",
+        )
+
+
+def load_state(
+    reader: CheckpointReader, engine: Engine, mesh: ParallelMesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """Load weights, optimizer state, counters and RNG; collective.
+
+    Returns:
+        (position of the run, saved states of the callbacks by name).
+
+    Raises:
+        UserError: the checkpoint holds another model or optimizer.
+    """
+    saved = reader.manifest.state
+    state = TrainState.from_dict(saved["train"])
+    fragments = list(engine.prepare_load(state.updates))
+    _check_model(reader, engine, fragments)
+    with torch.no_grad():
+        for fragment in fragments:
+            reader.fill(fragment)
+    engine.finish_load()
+    engine.load_state_dict(saved["engine"])
+    if reader.manifest.world_size == mesh.world_size:
+        torch.set_rng_state(reader.rng_state(mesh.rank))
+    return state, saved["callbacks"]
+
+
+def _check_model(reader: CheckpointReader, engine: Engine, fragments: list[Any]) -> None:
+    # A rank may own nothing of some parameter; the names it does not see are checked by others.
+    shapes = {f.name: f.global_shape for f in fragments}
+    seen = dict(reader.manifest.parameters)
+    names = {_plain(name) for name, _ in engine.module.named_parameters()}
+    shapes.update({name: seen[name] for name in names & set(seen) if name not in shapes})
+    shapes.update({name: () for name in names if name not in shapes})
+    reader.check_parameters(shapes, engine.state_kinds)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
+    return name.removeprefix("module.")

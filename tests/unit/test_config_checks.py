@@ -1,0 +1,333 @@
+"""Every rule of the table that joins settings: cases that break it, and neighbours that keep it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from megascale.config.checks import DEFAULT_CHECKS, Check, divisors_near, neighbours
+from megascale.config.load import load_config
+from megascale.config.problems import ConfigError, Problem
+from megascale.config.schema import Config, leaf_fields
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides that break a rule at `path`, and overrides that keep it."""
+
+    bad: str
+    path: str
+    good: str
+    words: str = ""
+    world_size: int | None = None
+
+
+HEADS = "model.hidden_size=96 model.num_attention_heads="
+SGD = "optimizer.name=sgd "
+NO_VALID = "data.split=[1.0] "
+BATCH = "train.global_batch_size={} train.micro_batch_size={}".format
+
+CASES: dict[str, list[Case]] = {
+    "heads_divide_hidden_size": [
+        Case(HEADS + "9", "model.hidden_size", HEADS + "8", "num_attention_heads = 8"),
+        Case("model.hidden_size=100", "model.hidden_size", "model.hidden_size=96", "96 or 108"),
+    ],
+    "kv_heads_divide_heads": [
+        Case("model.num_kv_heads=5", "model.num_kv_heads", "model.num_kv_heads=4", "4 or 6"),
+        Case("model.num_kv_heads=24", "model.num_kv_heads", "model.num_kv_heads=12"),
+    ],
+    "rope_needs_even_head_width": [
+        Case(
+            "model.position_embedding=rope model.hidden_size=36",
+            "model.position_embedding",
+            "model.position_embedding=rope model.hidden_size=48",
+            "36 / 12 = 3",
+        ),
+        Case(
+            "model.position_embedding=rope model.hidden_size=36",
+            "model.position_embedding",
+            "model.hidden_size=36",
+            "model.hidden_size = 24 or 48",
+        ),
+    ],
+    "min_lr_below_lr": [
+        Case("schedule.min_lr=4e-4", "schedule.min_lr", "schedule.min_lr=3e-4", "0.0003"),
+    ],
+    "warmup_inside_run": [
+        Case("schedule.warmup_steps=1001", "schedule.warmup_steps", "schedule.warmup_steps=1000"),
+    ],
+    "decay_after_warmup": [
+        Case(
+            f"schedule.name={name} schedule.warmup_steps=20 schedule.decay_steps=19",
+            "schedule.decay_steps",
+            f"schedule.name={name} schedule.warmup_steps=20 schedule.decay_steps=20",
+            "warmup_steps = 20",
+        )
+        for name in ("linear", "cosine")
+    ],
+    "wsd_fits_run": [
+        Case(
+            "schedule.name=wsd schedule.warmup_steps=100 schedule.decay_steps=901",
+            "schedule.decay_steps",
+            "schedule.name=wsd schedule.warmup_steps=100 schedule.decay_steps=900",
+            "100 + 901",
+        ),
+        Case(
+            "schedule.name=wsd schedule.warmup_steps=1000",
+            "schedule.decay_steps",
+            "schedule.name=wsd schedule.warmup_steps=900",
+            "1000 + 100",
+        ),
+    ],
+    "inverse_sqrt_needs_warmup": [
+        Case(
+            "schedule.name=inverse_sqrt",
+            "schedule.warmup_steps",
+            "schedule.name=inverse_sqrt schedule.warmup_steps=1",
+        ),
+    ],
+    "micro_batch_divides_global": [
+        Case(BATCH(30, 4), "train.global_batch_size", BATCH(32, 4), "28 or 32"),
+        Case(BATCH(30, 4), "train.global_batch_size", BATCH(30, 5), "micro_batch_size = 3 or 5"),
+        Case(BATCH(2, 4), "train.global_batch_size", BATCH(4, 4), "global_batch_size = 4,"),
+    ],
+    "world_size_fits_layout": [
+        Case("", "world_size", "", "positive integer", world_size=0),
+    ],
+    "batch_fits_world_size": [
+        Case(BATCH(32, 4), "train.global_batch_size", BATCH(36, 4), "24 or 36", world_size=3),
+        Case(BATCH(24, 4), "train.global_batch_size", BATCH(24, 6), "3 or 6", world_size=4),
+        Case(BATCH(24, 4), "train.global_batch_size", BATCH(32, 4), "24 = 4 * 4 * 1.5", 4),
+        Case(BATCH(24, 4), "train.global_batch_size", BATCH(32, 4), "start 3 or 6 ranks", 4),
+    ],
+    "validation_needs_split": [
+        Case(
+            NO_VALID + "evaluation.interval=5",
+            "evaluation.interval",
+            "evaluation.interval=5",
+            "[1.0]",
+        ),
+        Case(NO_VALID + "evaluation.max_samples=5", "evaluation.max_samples", NO_VALID),
+    ],
+    "stopping_needs_interval": [
+        Case(
+            f"evaluation.{name}=2",
+            f"evaluation.{name}",
+            f"evaluation.{name}=2 evaluation.interval=5",
+        )
+        for name in ("early_stop_patience", "target_loss")
+    ],
+    "ignored:model.rope_theta": [
+        Case(
+            "model.rope_theta=5e5",
+            "model.rope_theta",
+            "model.rope_theta=5e5 model.position_embedding=rope",
+            "positions are rotary",
+        ),
+        Case("model.rope_theta=5e5", "model.rope_theta", "model.rope_theta=1e4"),
+    ],
+    "ignored:optimizer.momentum": [
+        Case("optimizer.momentum=0", "optimizer.momentum", SGD + "optimizer.momentum=0"),
+    ],
+    "ignored:optimizer.betas": [
+        Case(SGD + "optimizer.betas=[0.8,0.9]", "optimizer.betas", "optimizer.betas=[0.8,0.9]"),
+    ],
+    "ignored:optimizer.eps": [
+        Case(SGD + "optimizer.eps=1e-3", "optimizer.eps", "optimizer.eps=1e-3"),
+    ],
+    "ignored:schedule.decay_steps": [
+        Case(
+            f"schedule.name={name} schedule.warmup_steps=5 schedule.decay_steps=50",
+            "schedule.decay_steps",
+            "schedule.name=linear schedule.warmup_steps=5 schedule.decay_steps=50",
+        )
+        for name in ("constant", "inverse_sqrt")
+    ],
+    "ignored:schedule.min_lr": [
+        Case(
+            "schedule.name=constant schedule.min_lr=1e-5",
+            "schedule.min_lr",
+            "schedule.name=inverse_sqrt schedule.warmup_steps=5 schedule.min_lr=1e-5",
+        ),
+    ],
+    "ignored:evaluation.early_stop_min_delta": [
+        Case(
+            "evaluation.early_stop_min_delta=0.1",
+            "evaluation.early_stop_min_delta",
+            "evaluation.early_stop_min_delta=0.1 evaluation.early_stop_patience=2 "
+            "evaluation.interval=5",
+        ),
+    ],
+    "ignored:checkpoint.keep_last": [
+        Case(
+            "checkpoint.keep_last=2 checkpoint.save_interval=0",
+            "checkpoint.keep_last",
+            "checkpoint.keep_last=2",
+        ),
+    ],
+    "not_built:model.family": [
+        Case(
+            "model.family=bert", "model.family", "model.family=gpt", "the bert family is not built"
+        ),
+    ],
+    "not_built:precision.dtype": [
+        Case("precision.dtype=fp16", "precision.dtype", "precision.dtype=bf16", "fp16 training"),
+        Case("precision.dtype=fp16", "precision.dtype", "precision.dtype=fp32", "fp32 or bf16"),
+    ],
+    "not_built:parallel.tensor_parallel_size": [
+        Case(
+            "parallel.tensor_parallel_size=2",
+            "parallel.tensor_parallel_size",
+            "parallel.tensor_parallel_size=1",
+            "tensor parallelism is not built yet in this version",
+        ),
+    ],
+    "not_built:parallel.sequence_parallel": [
+        Case("parallel.sequence_parallel=true", "parallel.sequence_parallel", "", "= false"),
+    ],
+    "not_built:parallel.pipeline_parallel_size": [
+        Case(
+            "parallel.pipeline_parallel_size=2",
+            "parallel.pipeline_parallel_size",
+            "",
+            "pipeline parallelism",
+        ),
+    ],
+    "not_built:parallel.virtual_pipeline_stages": [
+        Case("parallel.virtual_pipeline_stages=2", "parallel.virtual_pipeline_stages", ""),
+    ],
+    "not_built:parallel.pipeline_schedule": [
+        Case(
+            f"parallel.pipeline_schedule={name}",
+            "parallel.pipeline_schedule",
+            "parallel.pipeline_schedule=1f1b",
+            f"the {name} pipeline schedule is not built yet",
+        )
+        for name in ("gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev")
+    ],
+    "not_built:parallel.context_parallel_size": [
+        Case("parallel.context_parallel_size=2", "parallel.context_parallel_size", ""),
+    ],
+}
+
+
+def found_by(
+    overrides: str, world_size: int | None, checks: tuple[Check, ...] = DEFAULT_CHECKS
+) -> tuple[Problem, ...]:
+    try:
+        load_config(
+            {"data": {"path": "d"}}, overrides.split(), checks=checks, world_size=world_size
+        )
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def test_every_check_has_a_case_and_every_case_a_check() -> None:
+    names = [check.name for check in DEFAULT_CHECKS]
+    assert len(names) == len(set(names))
+    assert set(names) == set(CASES)
+    assert all(CASES.values())
+
+
+def test_every_check_reads_settings_that_exist() -> None:
+    leaves = {path for path, _ in leaf_fields()}
+    for check in DEFAULT_CHECKS:
+        assert check.reads, check.name
+        assert set(check.reads) <= leaves, check.name
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(n, case) for n, cases in CASES.items() for case in cases]
+)
+def test_rule(name: str, case: Case) -> None:
+    """The case breaks this one rule and, among all rules, only this one; its neighbour none."""
+    check = next(check for check in DEFAULT_CHECKS if check.name == name)
+    for checks in ((check,), DEFAULT_CHECKS):
+        (problem,) = found_by(case.bad, case.world_size, checks)
+        assert problem.path == case.path
+        assert case.words in f"{problem.rule} {problem.hint}"
+        assert problem.hint
+    good_size = 1 if case.world_size == 0 else case.world_size
+    assert found_by(case.good, good_size) == ()
+
+
+@pytest.mark.parametrize("check", DEFAULT_CHECKS, ids=lambda check: check.name)
+def test_a_check_reads_no_more_than_it_declares(check: Check) -> None:
+    """Otherwise it could speak about the default that stands in for an invalid value."""
+    leaves = {path for path, _ in leaf_fields()}
+    seen: set[str] = set()
+
+    class Spy:
+        def __init__(self, value: object, prefix: str) -> None:
+            self._value, self._prefix = value, prefix
+
+        def __getattr__(self, name: str) -> object:
+            value, path = getattr(self._value, name), self._prefix + name
+            if path in leaves:
+                seen.add(path)
+                return value
+            if path in Config.model_fields:
+                return Spy(value, path + ".")
+            # a property: run it on the spy, so that what it reads is seen
+            return type(self._value).__dict__[name].fget(self)
+
+    for case in CASES[check.name]:
+        tree = {"data": {"path": "d"}}
+        config = load_config(tree, case.bad.split(), checks=())
+        assert list(check.run(Spy(config, ""), case.world_size))  # type: ignore[arg-type]
+    assert seen <= set(check.reads)
+
+
+def test_world_size_beside_a_layout() -> None:
+    """Model parallelism is not built yet, so its arithmetic is tested on the checks alone."""
+    by_name = {check.name: check for check in DEFAULT_CHECKS}
+    fits, batch = by_name["world_size_fits_layout"], by_name["batch_fits_world_size"]
+    layout = "parallel.tensor_parallel_size=2 parallel.pipeline_parallel_size=2 "
+    (problem,) = found_by(layout, 6, (fits, batch))
+    assert "6 / 4" in problem.rule
+    assert problem.hint == "start 4 or 8 ranks"
+    assert found_by(layout, 8, (fits, batch)) == ()
+    (problem,) = found_by(layout + BATCH(36, 4), 8, (fits, batch))
+    assert "36 = 4 * 2 * 4.5" in problem.rule
+    assert "global_batch_size = 32 or 40" in problem.hint
+    assert "micro_batch_size = 3 or 6" in problem.hint
+    # 36 / 4 = 9 micro-batches divide over 1 or 3 copies of 4 ranks
+    assert "start 4 or 12 ranks" in problem.hint
+
+
+def test_every_suggested_batch_works() -> None:
+    for ranks in range(1, 9):
+        for total in range(1, 40):
+            for problem in found_by(BATCH(total, 3), ranks):
+                for part in problem.hint.split(", or "):
+                    name, _, numbers = part.partition(" = ")
+                    if "ranks" in part:
+                        sizes = [int(word) for word in part.split() if word.isdigit()]
+                        assert all(found_by(BATCH(total, 3), size) == () for size in sizes)
+                        continue
+                    for number in numbers.split(" or "):
+                        fixed = f"{BATCH(total, 3)} {name}={number}"
+                        assert found_by(fixed, ranks) == (), fixed
+
+
+def test_neighbours_and_divisors() -> None:
+    assert neighbours(30, 4) == [28, 32]
+    assert neighbours(3, 4) == [4]
+    assert neighbours(8, 4) == [8]
+    assert divisors_near(96, 9) == [8, 12]
+    assert divisors_near(96, 8) == [8]
+    assert divisors_near(7, 3) == [1, 7]
+    assert divisors_near(1, 5) == [1]
+
+
+def test_extra_checks_run_beside_the_table() -> None:
+    extra = Check(
+        reads=("run.seed",),
+        run=lambda config, world_size: [Problem("run.seed", config.run.seed, f"on {world_size}")],
+    )
+    found = found_by("model.num_kv_heads=5", 2, (*DEFAULT_CHECKS, extra))
+    assert [problem.rule for problem in found][-1] == "on 2"
+    assert len(found) == 2
+    assert {p.path for p in found_by("run.seed=x", 2, (extra,))} == {"run.seed"}
