@@ -5,8 +5,11 @@ docs/checkpoint-format.md describes it for readers in other languages.
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any, Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megascale.checkpoint.storage import Storage
@@ -58,6 +61,12 @@ class Manifest(_Strict):
     state: dict[str, Any]
 
 
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json, with a checksum over all that it says."""
+    content = json.loads(manifest.model_dump_json())
+    return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
+
+
 def tensor_key(kind: str, name: str) -> str:
     """Key of a piece's tensor in its safetensors file."""
     return f"{kind}/{name}"
@@ -79,24 +88,49 @@ def read_manifest(storage: Storage) -> Manifest:
         )
     with storage.open_read(MANIFEST_NAME) as stream:
         raw = stream.read()
+    manifest = _parse(raw, where)
+    _check_pieces(manifest, where)
+    return manifest
+
+
+def _parse(raw: bytes, where: str) -> Manifest:
     try:
-        manifest = Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        at = ".".join(str(part) for part in first["loc"]) or "the file"
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, f"not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _damaged(where, "not a JSON object")
+    # The version comes first: a newer format may have other fields and another checksum.
+    version = content.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{where} is damaged: {at}: {first['msg']}",
-            rule="it must be the JSON that megascale wrote",
-            remedy="use another checkpoint",
-        ) from error
-    if manifest.version > FORMAT_VERSION:
-        raise UserError(
-            f"{where} has format version {manifest.version}",
+            f"{where} has format version {version}",
             rule=f"this megascale reads versions up to {FORMAT_VERSION}",
             remedy="use the megascale that wrote it, or a newer one",
         )
-    _check_pieces(manifest, where)
-    return manifest
+    recorded = content.pop("checksum", None)
+    if recorded != _checksum(content):
+        raise _damaged(where, "its own checksum does not fit: its bytes changed")
+    try:
+        return Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise _damaged(where, f"{at}: {first['msg']}") from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """xxh3_128 of the manifest's values in one canonical spelling, without the checksum itself."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(canonical.encode())
+
+
+def _damaged(where: str, what: str) -> UserError:
+    return UserError(
+        f"{where} is damaged: {what}",
+        rule="it must be the JSON that megascale wrote",
+        remedy="use another checkpoint",
+    )
 
 
 def _check_pieces(manifest: Manifest, where: str) -> None:
@@ -111,6 +145,7 @@ def _check_pieces(manifest: Manifest, where: str) -> None:
                 0 <= begin < end <= size
                 for (begin, end), size in zip(piece.box, shape, strict=True)
             )
+            and piece.start + piece.numel <= math.prod(end - begin for begin, end in piece.box)
         )
         if not legal:
             raise UserError(

@@ -26,12 +26,10 @@ def explain_write_errors(path: str) -> Iterator[None]:
             errno.EROFS: "choose a writable run.output_dir",
             errno.EACCES: "choose a run.output_dir that this user may write to",
         }
-        if error.errno not in remedies:
-            raise
         raise UserError(
-            f"cannot write {path}: {error.strerror}",
+            f"cannot write {path}: {error.strerror or error}",
             rule="a checkpoint must be written whole",
-            remedy=remedies[error.errno],
+            remedy=remedies.get(error.errno or 0, "check the disk, or choose another folder"),
         ) from error
 
 
@@ -78,7 +76,8 @@ class Storage:
     def remove_folder(self, *parts: str) -> None:
         """Remove a folder with its contents, if it is there."""
         if self.exists(*parts):
-            self.fs.rm(self.path(*parts), recursive=True)
+            with explain_write_errors(self.path(*parts)):
+                self.fs.rm(self.path(*parts), recursive=True)
 
     def open_read(self, *parts: str) -> IO[bytes]:
         """Open a file for reading; the caller closes it."""
@@ -89,8 +88,8 @@ class Storage:
         """Open a file for writing; on a clean exit its bytes are on the device (fsync)."""
         path = self.path(*parts)
         with explain_write_errors(path):
-            stream: Any = open(path, "wb") if self.is_local else self.fs.open(path, "wb")
-            with stream:
+            opened: Any = open(path, "wb") if self.is_local else self.fs.open(path, "wb")  # noqa: SIM115
+            with opened as stream:
                 yield stream
                 if self.is_local:
                     stream.flush()
@@ -101,20 +100,22 @@ class Storage:
 
         A reader sees either no folder, the old one, or the new one, never a half-written one.
         """
-        source, target = self.path(temporary), self.path(final)
+        with explain_write_errors(self.path(final)):
+            self._commit(self.path(temporary), self.path(final), f".replaced_{final}")
+
+    def _commit(self, source: str, target: str, retired: str) -> None:
         if not self.is_local:
             self.fs.mv(source, target, recursive=True)
             return
         _fsync_folder(source)
-        retired = None
-        if os.path.exists(target):
-            retired = self.path(f".replaced_{final}")
-            self.remove_folder(f".replaced_{final}")
-            os.rename(target, retired)
+        replaces = os.path.exists(target)
+        if replaces:
+            self.remove_folder(retired)
+            os.rename(target, self.path(retired))
         os.rename(source, target)
         _fsync_folder(self.root)
-        if retired is not None:
-            self.remove_folder(f".replaced_{final}")
+        if replaces:
+            self.remove_folder(retired)
 
 
 def _fsync_folder(path: str) -> None:

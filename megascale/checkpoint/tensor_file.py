@@ -49,12 +49,17 @@ def write_tensors(stream: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> tup
         digest.update(block)
         written += stream.write(block)
     for tensor in tensors.values():
-        data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data = _bytes_of(tensor.detach().cpu().contiguous())
         for begin in range(0, len(data), _CHUNK):
-            block = data[begin : begin + _CHUNK]
-            digest.update(block)
-            written += stream.write(block)
+            chunk = data[begin : begin + _CHUNK]
+            digest.update(chunk)
+            written += stream.write(chunk)
     return written, digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview[int]:
+    """The memory of a contiguous CPU tensor, without a copy; writable when the tensor is."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class TensorFile:
         self._name = name
         try:
             self._entries = _parse_header(stream, size)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{name} is not an intact safetensors file: {error}",
                 rule="its header must describe its bytes",
@@ -107,7 +112,7 @@ class TensorFile:
                 remedy="use another checkpoint; this one's manifest does not match its files",
             )
         out = torch.empty(count, dtype=entry.dtype)
-        buffer = memoryview(out.view(torch.uint8).numpy())
+        buffer = _bytes_of(out)
         self._stream.seek(entry.begin + start * out.element_size())
         filled = 0
         while filled < len(buffer):
@@ -141,14 +146,31 @@ def _parse_header(stream: IO[bytes], size: int) -> dict[str, _Entry]:
     if length > min(_MAX_HEADER, size - 8):
         raise ValueError(f"header of {length} bytes in a file of {size}")
     header = json.loads(stream.read(length))
-    entries = {}
+    entries: dict[str, _Entry] = {}
+    spans: list[tuple[int, int]] = []
     for key, item in header.items():
         if key == "__metadata__":
             continue
-        dtype = _BY_NAME[item["dtype"]]
-        begin, end = item["data_offsets"]
-        numel = math.prod(item["shape"])
-        if not 0 <= begin <= end <= size - 8 - length or end - begin != numel * dtype.itemsize:
-            raise ValueError(f"tensor {key!r} claims bytes {begin}..{end}")
-        entries[key] = _Entry(dtype, numel, 8 + length + begin)
+        dtype = _BY_NAME.get(item["dtype"])
+        if dtype is None:
+            raise ValueError(f"tensor {key!r} has the unknown dtype {item['dtype']!r}")
+        shape, (begin, end) = item["shape"], item["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"tensor {key!r} has the shape {shape} and bytes {begin}..{end}")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {key!r} of shape {shape} claims bytes {begin}..{end}")
+        spans.append((begin, end))
+        entries[key] = _Entry(dtype, math.prod(shape), 8 + length + begin)
+    _check_spans(spans, size - 8 - length)
     return entries
+
+
+def _check_spans(spans: list[tuple[int, int]], size: int) -> None:
+    """The tensors lie one after the other without holes or overlaps, as the format demands."""
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError(f"bytes {begin}..{end} do not follow on {position}")
+        position = end
+    if position != size:
+        raise ValueError(f"its tensors take {position} bytes of {size}")

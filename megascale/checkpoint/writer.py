@@ -17,6 +17,7 @@ from megascale.checkpoint.manifest import (
     FileEntry,
     Manifest,
     Piece,
+    dump_manifest,
     tensor_key,
 )
 from megascale.checkpoint.storage import Storage
@@ -53,19 +54,19 @@ def write_checkpoint(
     storage = Storage(root)
     temporary = f".writing_{name}"
     rank = dist.get_rank()
-    _agree(lambda: _start_folder(storage, temporary) if rank == 0 else None)
-    written = _agree(lambda: _write_rank_file(storage, temporary, rank, list(fragments)))
 
-    def commit() -> None:
+    def commit(written: list[dict[str, Any]]) -> None:
         if rank == 0:
             files = [_write_attachment(storage, temporary, *item) for item in attachments.items()]
             manifest = _merge(written, files, step, state)
             with storage.open_write(temporary, MANIFEST_NAME) as stream:
-                stream.write(manifest.model_dump_json(indent=1).encode())
+                stream.write(dump_manifest(manifest))
             storage.commit_folder(temporary, name)
 
     try:
-        _agree(commit)
+        _agree(lambda: _start_folder(storage, temporary) if rank == 0 else None)
+        rows = _agree(lambda: _write_rank_file(storage, temporary, rank, list(fragments)))
+        _agree(lambda: commit(rows))
     except BaseException:
         if rank == 0:
             storage.remove_folder(temporary)

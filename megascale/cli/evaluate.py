@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megascale.checkpoint.manifest import read_manifest
+from megascale.checkpoint.storage import Storage
 from megascale.cli.process import distributed_process, launch_ranks
 from megascale.cli.train import Nproc
 
@@ -32,7 +34,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a checkpoint on a held-out split."""
-    if launch_ranks(nproc, Path(checkpoint) / ".." / ".." / "logs"):
+    # refused here, before ranks start and the folder of their logs is made
+    read_manifest(Storage(checkpoint))
+    if launch_ranks(nproc, Path(checkpoint).absolute().parent.parent / "logs"):
         return
     with distributed_process(device) as place:
         from megascale.training.held_out import evaluate_checkpoint

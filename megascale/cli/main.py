@@ -38,9 +38,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
     ] = False,
-    local_rank: Annotated[
-        int, typer.Option("--local_rank", "--local-rank", hidden=True)
-    ] = -1,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """The deepspeed launcher puts --local_rank=N before the subcommand; LOCAL_RANK says it too."""
 

@@ -24,7 +24,6 @@ from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.mesh import ParallelMesh
 
-
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
 _MAX_BUCKET = 50_000_000
 

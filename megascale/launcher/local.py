@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from megascale.errors import UserError
 from megascale.launcher.environment import LISTEN_FD
 
 _GRACE_S = 10.0
@@ -24,7 +25,14 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
     Rank 0 writes to this terminal, the others to `log_dir`/rank_XXXXX.log. The first rank that
     fails ends the others within seconds; when it is not rank 0, the end of its log is printed.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder of the ranks' logs {log_dir}: {error.strerror}",
+            rule="a run needs a folder that it may write to",
+            remedy="choose another run.output_dir, or free space",
+        ) from error
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
@@ -36,10 +44,12 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
         return 130
     if failed is None:
         return 0
+    code = ranks[failed].returncode
     _stop(ranks, signal.SIGTERM)
     if failed != 0:
         _print_tail(failed, log_dir)
-    code = ranks[failed].returncode
+    if code < 0:
+        print(f"rank {failed} was ended by signal {-code}: {_signal_name(-code)}", file=sys.stderr)
     return code if code > 0 else 128 - code
 
 
@@ -98,6 +108,14 @@ def _stop(ranks: list[subprocess.Popen[bytes]], how: int) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name
 
 
 def _print_tail(rank: int, log_dir: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 
 def weight_decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+    named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float
 ) -> list[dict[str, Any]]:
     """Split parameters into a decaying and a non-decaying group for an optimizer.
 

@@ -2,7 +2,7 @@
 
 Both engines, every ZeRO stage and every tensor-parallel cut can be written as
 
-    global tensor  --box-->  tensor-parallel local tensor  --flatten, [start, start + numel)-->  fragment
+    global tensor --box--> tensor-parallel local tensor --flatten, [start, start + numel)--> part
 
 so a checkpoint that stores fragments knows nothing about the layout that wrote it.
 """
@@ -62,6 +62,8 @@ def global_runs(
     Returns:
         (global start of each run, length of each run), int64, in the fragment's order.
     """
+    if numel == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     extents = [stop - begin for begin, stop in box]
     # A run spans all trailing dimensions that the box covers fully, and one partly covered one.
     dim = len(global_shape)

@@ -16,6 +16,7 @@ from megascale.checkpoint.manager import CheckpointManager
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.config.load import dump_config
 from megascale.config.schema import Config
+from megascale.data.atomic_files import write_file
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.engine.capabilities import choose_engine
@@ -86,7 +87,7 @@ def assemble(
     config = resolve_vocab_size(config, corpora)
     manager = CheckpointManager(f"{config.run.output_dir}/checkpoints", config.checkpoint.keep_last)
     reader = _find_checkpoint(manager, resume, say)
-    _prepare_output(config, mesh)
+    _make_output(config, mesh)
 
     task = build_task(config)
     data = task.open_data(corpora)
@@ -99,6 +100,8 @@ def assemble(
         state, saved = load_state(reader, engine, mesh)
         reader.close()
         say(f"resumed from {reader.storage.root} at step {state.step}")
+    if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
+        write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 
     parts = StepParts(
         engine=engine,
@@ -119,9 +122,7 @@ def assemble(
     for callback in callbacks:
         if callback.name in saved:
             callback.load_state_dict(saved[callback.name])
-    enrich = Throughput(
-        task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype])
-    )
+    enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))
     trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
     say(_headline(config, engine.module, mesh, device))
     return Run(config, trainer, engine, corpora, data)
@@ -141,9 +142,7 @@ def optimizer_recipe(config: Config) -> OptimizerRecipe:
     optimizer = config.optimizer
 
     def build(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
-        groups = weight_decay_groups(
-            ((name, tensor) for name, tensor in named), optimizer.weight_decay
-        )
+        groups = weight_decay_groups(named, optimizer.weight_decay)
         for group in groups:
             group.pop("names")
         return build_optimizer(
@@ -219,7 +218,10 @@ def _callbacks(
         callbacks.append(ConsoleCallback(console, config.logging.log_interval))
     if config.logging.tensorboard:
         callbacks.append(TensorBoardCallback(output / "tensorboard"))
-    attachments = {"config.yaml": dump_config(config).encode(), **tokenizer_files(corpora.tokenizer)}
+    attachments = {
+        "config.yaml": dump_config(config).encode(),
+        **tokenizer_files(corpora.tokenizer),
+    }
     constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
     callbacks.append(
         CheckpointCallback(manager, config.checkpoint.save_interval, constants, attachments)
@@ -248,14 +250,13 @@ def _find_checkpoint(
     return reader
 
 
-def _prepare_output(config: Config, mesh: ParallelMesh) -> None:
-    """Create the run's folder and save the resolved config in it."""
+def _make_output(config: Config, mesh: ParallelMesh) -> None:
+    """Create the run's folder, so that one that cannot be written is refused at once."""
     if not mesh.is_main:
         return
     output = Path(config.run.output_dir)
     try:
         (output / "logs").mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write to run.output_dir {output}: {error.strerror}",
@@ -272,9 +273,7 @@ def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], Non
     return say
 
 
-def _headline(
-    config: Config, module: nn.Module, mesh: ParallelMesh, device: torch.device
-) -> str:
+def _headline(config: Config, module: nn.Module, mesh: ParallelMesh, device: torch.device) -> str:
     def numel(parameter: Any) -> int:
         return getattr(parameter, "ds_numel", parameter.numel())
 

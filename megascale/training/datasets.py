@@ -110,9 +110,7 @@ def open_gpt_data(config: Config, corpora: Corpora) -> RunData:
     isolate = config.data.isolate_documents
     length = config.model.seq_length
     seed = config.run.seed
-    parts = [
-        corpus.split(config.data.split, minimum_tokens=2) for corpus in corpora.corpora
-    ]
+    parts = [corpus.split(config.data.split, minimum_tokens=2) for corpus in corpora.corpora]
     train = [
         GPTDataset(corpus, ranges[0], length, seed, isolate)
         for corpus, ranges in zip(corpora.corpora, parts, strict=True)

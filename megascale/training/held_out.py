@@ -46,9 +46,7 @@ def evaluate_checkpoint(
     corpora = _corpora(model, data)
     datasets = _whole(corpora, model.config) if data else _split(corpora, model.config, split)
     lengths = corpora.tokenizer.byte_lengths() if corpora.tokenizer else None
-    loaders = evaluation_loaders(
-        datasets, model.config.train.micro_batch_size, mesh, max_samples
-    )
+    loaders = evaluation_loaders(datasets, model.config.train.micro_batch_size, mesh, max_samples)
     result = evaluate(model, loaders, mesh, device, lengths)
     if not mesh.is_main:
         return None
@@ -104,9 +102,7 @@ def _whole(corpora: Corpora, config: Config) -> list[FiniteSampleSource]:
 
 
 def _dataset(corpus: TokenCorpus, part: tuple[int, int], config: Config) -> EvaluationDataset:
-    return EvaluationDataset(
-        corpus, part, config.model.seq_length, config.data.isolate_documents
-    )
+    return EvaluationDataset(corpus, part, config.model.seq_length, config.data.isolate_documents)
 
 
 def _baselines(corpora: Corpora, config: Config) -> dict[str, object]:
@@ -115,5 +111,3 @@ def _baselines(corpora: Corpora, config: Config) -> dict[str, object]:
     train = corpus.split(config.data.split, minimum_tokens=2)[0]
     unigram, bigram = ngram_entropy(corpus, train)
     return {"unigram_entropy": unigram, "bigram_entropy": bigram}
-
-

@@ -48,9 +48,7 @@ class LoadedModel:
         self.tokenizer = self._load_tokenizer()
         self.reader.close()
 
-    def forward(
-        self, micro_batch: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss sum, number of targets) of a micro-batch."""
         return self.module(**micro_batch)
 

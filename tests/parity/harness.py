@@ -10,15 +10,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megascale.checkpoint.manager import CheckpointManager
 from megascale.cli.config import all_checks
 from megascale.config.load import load_config
-from megascale.data.loader import BatchLoader
+from megascale.config.schema import Config
+from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
-from megascale.parallel.mesh import build_mesh
-from megascale.training.assemble import assemble_engine, build_schedule
+from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.training.assemble import assemble_engine, build_schedule, evaluation_loaders
 from megascale.training.datasets import open_corpora, resolve_vocab_size
+from megascale.training.evaluation import evaluate
+from megascale.training.resume import load_state
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts, train_step
+from megascale.training.tasks.base import Task
 from megascale.training.tasks.registry import build_task
 
 
@@ -31,6 +36,7 @@ class Record:
     gradients: list[dict[str, np.ndarray]]
     weights: dict[str, np.ndarray]
     sample_ids: list[list[int]]
+    valid: tuple[float, int]
 
 
 class _Recorder:
@@ -55,19 +61,47 @@ def _pieces(engine: Engine, kind: str) -> list[tuple[str, tuple[int, ...], int, 
     ]
 
 
-def record_rank(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Runs on every rank: train `steps` steps from the config's own initial weights."""
-    config = load_config(
-        settings, checks=all_checks(), world_size=dist.get_world_size()
-    )
-    config = resolve_vocab_size(config, corpora := open_corpora(config))
+@dataclass
+class Setup:
+    """One rank's assembled run, without callbacks."""
+
+    engine: _Recorder
+    parts: StepParts
+    valid: list[EvaluationLoader]
+    mesh: ParallelMesh
+
+
+class _OtherStart:
+    """A task whose module starts from other weights: what a resume must overwrite."""
+
+    def __init__(self, task: Task, config: Config) -> None:
+        self._task = task
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def initialize(self, module: torch.nn.Module) -> None:
+        run = self._config.run.model_copy(update={"seed": self._config.run.seed + 1000})
+        build_task(self._config.model_copy(update={"run": run})).initialize(module)
+
+
+def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
+    """Build engine, loaders and step parts of `settings` on this rank."""
+    config = load_config(settings, checks=all_checks(), world_size=dist.get_world_size())
+    corpora = open_corpora(config)
+    config = resolve_vocab_size(config, corpora)
     mesh = build_mesh("cpu")
+    cpu = torch.device("cpu")
     task = build_task(config)
-    engine = _Recorder(assemble_engine(config, task, mesh, torch.device("cpu")))
+    starting = _OtherStart(task, config) if other_start else task
+    engine = _Recorder(assemble_engine(config, starting, mesh, cpu))
+    data = task.open_data(corpora)
+    train = config.train
     loader = BatchLoader(
-        task.open_data(corpora).train,
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
+        data.train,
+        train.global_batch_size,
+        train.micro_batch_size,
         mesh.dp_rank,
         mesh.dp_size,
         prefetch=False,
@@ -77,26 +111,76 @@ def record_rank(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
         loader=loader,
         schedule=build_schedule(config),
         mesh=mesh,
-        device=torch.device("cpu"),
-        global_batch_size=config.train.global_batch_size,
+        device=cpu,
+        global_batch_size=train.global_batch_size,
         tokens_per_sample=task.tokens_per_sample(),
     )
+    valid = evaluation_loaders(data.held_out["valid"], train.micro_batch_size, mesh)
+    return Setup(engine, parts, valid, mesh)
+
+
+def run_steps(setup: Setup, state: TrainState, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the next `steps` steps."""
+    results = [train_step(setup.parts, state) for _ in range(steps)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def record_rank(settings: Mapping[str, Any], steps: int, evaluate_every: int = 0) -> dict[str, Any]:
+    """Runs on every rank: train from the config's own initial weights and record everything.
+
+    With `evaluate_every`, a validation runs between steps: it must not change the training.
+    """
+    setup = set_up(settings)
     state = TrainState()
-    losses, norms, ids = [], [], []
-    for _ in range(steps):
-        ids.append([i for b in loader.load(state.samples_seen) for i in b["sample_ids"].tolist()])
-        result = train_step(parts, state)
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
+    curve, ids, valid = [], [], []
+    for step in range(steps):
+        batches = setup.parts.loader.load(state.samples_seen)
+        ids.append([i for batch in batches for i in batch["sample_ids"].tolist()])
+        curve += run_steps(setup, state, 1)
+        if evaluate_every and step % evaluate_every == 0:
+            evaluate(setup.engine, setup.valid, setup.mesh, setup.parts.device)
+    valid = evaluate(setup.engine, setup.valid, setup.mesh, setup.parts.device)
     outcome = {
-        "losses": losses,
-        "norms": norms,
-        "gradients": engine.gradients,
-        "weights": _pieces(engine, "master"),
+        "losses": [loss for loss, _ in curve],
+        "norms": [norm for _, norm in curve],
+        "gradients": setup.engine.gradients,
+        "weights": _pieces(setup.engine, "master"),
         "sample_ids": ids,
+        "valid": (valid.loss, valid.tokens),
     }
-    engine.close()
+    setup.engine.close()
     return outcome
+
+
+def save_rank(
+    settings: Mapping[str, Any], folder: str, at_step: int, steps: int
+) -> list[tuple[float, float]]:
+    """Train `steps` steps, writing a checkpoint after `at_step`; the curve after it."""
+    setup = set_up(settings)
+    state = TrainState()
+    run_steps(setup, state, at_step)
+    engine = setup.engine
+    saved = {
+        "train": state.state_dict(),
+        "engine": engine.state_dict(),
+        "callbacks": {},
+    }
+    CheckpointManager(folder).save(at_step, engine.fragments(engine.state_kinds), saved, {})
+    curve = run_steps(setup, state, steps - at_step)
+    engine.close()
+    return curve
+
+
+def resume_rank(settings: Mapping[str, Any], folder: str, steps: int) -> list[tuple[float, float]]:
+    """Load the newest checkpoint into a model that started elsewhere; the curve up to `steps`."""
+    setup = set_up(settings, other_start=True)
+    reader, notes = CheckpointManager(folder).open_newest_intact()
+    assert reader is not None, notes
+    state, _ = load_state(reader, setup.engine, setup.mesh)
+    reader.close()
+    curve = run_steps(setup, state, steps - state.step)
+    setup.engine.close()
+    return curve
 
 
 def merge(ranks: list[dict[str, Any]]) -> Record:
@@ -104,6 +188,7 @@ def merge(ranks: list[dict[str, Any]]) -> Record:
     for rank in ranks[1:]:
         assert rank["losses"] == ranks[0]["losses"]
         assert rank["norms"] == ranks[0]["norms"]
+        assert rank["valid"] == ranks[0]["valid"]
     steps = range(len(ranks[0]["losses"]))
     return Record(
         losses=ranks[0]["losses"],
@@ -111,6 +196,7 @@ def merge(ranks: list[dict[str, Any]]) -> Record:
         gradients=[_full([piece for r in ranks for piece in r["gradients"][s]]) for s in steps],
         weights=_full([piece for r in ranks for piece in r["weights"]]),
         sample_ids=[[i for r in ranks for i in r["sample_ids"][s]] for s in steps],
+        valid=ranks[0]["valid"],
     )
 
 

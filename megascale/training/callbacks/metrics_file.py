@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from megascale.data.atomic_files import disk_errors, write_file
 from megascale.training.callbacks.base import Callback
 from megascale.training.evaluation import EvaluationResult
 from megascale.training.state import StepResult
@@ -34,8 +35,9 @@ class MetricsFileCallback(Callback):
         """Drop the lines after the step that the run resumes from."""
         if not trainer.parts.mesh.is_main:
             return
-        keep_until_step(self._path, trainer.state.step)
-        self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        with disk_errors(self._path):
+            keep_until_step(self._path, trainer.state.step)
+            self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Remember the validation for the line of this step."""
@@ -46,13 +48,16 @@ class MetricsFileCallback(Callback):
         if self._stream is not None:
             line = {**asdict(result), **self._evaluation}
             safe = {k: _json_number(v) for k, v in line.items()}
-            self._stream.write(json.dumps(safe, allow_nan=False) + "\n")
+            with disk_errors(self._path):
+                self._stream.write(json.dumps(safe, allow_nan=False) + "\n")
         self._evaluation = {}
 
     def close(self) -> None:
         """Close the file."""
         if self._stream is not None:
-            self._stream.close()
+            # what a full disk did not take is still buffered; that error was told already
+            with suppress(OSError):
+                self._stream.close()
             self._stream = None
 
 
@@ -67,9 +72,7 @@ def keep_until_step(path: Path, step: int) -> None:
                 kept.append(line)
         except (orjson.JSONDecodeError, KeyError, TypeError):
             continue  # the process was killed while it wrote this line
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(temporary, path)
+    write_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _json_number(value: Any) -> Any:

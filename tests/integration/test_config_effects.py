@@ -1,0 +1,272 @@
+"""Every accepted setting does something: each is changed alone, and a short run must show it.
+
+The table names for every leaf of the config a legal other value and where its effect is seen. A
+leaf without a row, a row without a leaf, and a change without an effect all fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megascale.config.schema import leaf_fields
+from tests.distributed import Pools
+from tests.integration.runs import make_dataset, make_tokenizer, settings
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        leaf: its dotted path.
+        value: what it is changed to; "{data}" and the like stand for prepared files.
+        shows: keys of the observation that must all differ from the base run's.
+        base: other settings under which it has a meaning, for both runs.
+        refused: part of the message, for a value whose part is not built yet.
+    """
+
+    leaf: str
+    value: Any
+    shows: tuple[str, ...] = ()
+    base: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
+
+
+_VALIDATES = {"evaluation.interval": 1}
+_SGD = {"optimizer.name": "sgd"}
+_ROPE = {"model.position_embedding": "rope"}
+_NOT_BUILT = "not built yet"
+
+ROWS = (
+    Row("run.output_dir", "{folder}/elsewhere", ("files",)),
+    Row("run.seed", 6, ("initial", "samples")),
+    Row("run.device", "cuda", ("device",)),
+    Row("model.family", "bert", refused=_NOT_BUILT),
+    Row("model.num_layers", 1, ("shapes",)),
+    Row("model.hidden_size", 32, ("shapes",)),
+    Row("model.num_attention_heads", 4, ("losses", "grad_norms")),
+    Row("model.num_kv_heads", 1, ("shapes",)),
+    Row("model.ffn_hidden_size", 24, ("shapes",)),
+    Row("model.seq_length", 8, ("shapes", "samples")),
+    Row("model.vocab_size", 300, ("shapes",)),
+    Row("model.position_embedding", "rope", ("shapes", "losses")),
+    Row("model.norm", "rmsnorm", ("shapes", "grad_norms")),
+    Row("model.norm_eps", 0.5, ("losses", "grad_norms")),
+    # at small values gelu and its approximation agree to the last bit
+    Row("model.activation", "gelu", ("losses",), {"model.init_std": 0.5}),
+    Row("model.activation", "swiglu", ("shapes",)),
+    Row("model.bias", False, ("shapes",)),
+    Row("model.tie_word_embeddings", False, ("shapes",)),
+    Row("model.dropout", 0.5, ("losses",)),
+    Row("model.attention_dropout", 0.5, ("losses",)),
+    Row("model.rope_theta", 20.0, ("losses",), _ROPE),
+    Row("model.init_std", 0.1, ("initial", "losses")),
+    Row("data.path", "{other}", ("samples",)),
+    Row("data.split", [0.5, 0.5], ("validations", "samples")),
+    Row(
+        "data.tokenizer",
+        "{tokenizer}",
+        ("files",),
+        {"data.path": "{prefix}", "model.vocab_size": 270},
+    ),
+    Row("data.isolate_documents", True, ("samples", "losses")),
+    Row("train.global_batch_size", 8, ("samples", "samples_seen")),
+    Row("train.micro_batch_size", 4, ("micro_batches",)),
+    Row("train.max_steps", 2, ("losses", "checkpoints")),
+    Row("optimizer.name", "sgd", ("losses", "state")),
+    Row("optimizer.lr", 2e-2, ("lrs", "losses")),
+    Row("optimizer.betas", [0.5, 0.6], ("losses",)),
+    Row("optimizer.eps", 1e-2, ("losses",)),
+    Row("optimizer.momentum", 0.5, ("losses",), _SGD),
+    Row("optimizer.weight_decay", 0.9, ("losses",)),
+    Row("optimizer.grad_clip", 0.1, ("losses",), _SGD),
+    Row("schedule.name", "constant", ("lrs",), {"schedule.min_lr": 0.0}),
+    Row("schedule.name", "linear", ("lrs",)),
+    Row("schedule.name", "wsd", ("lrs",)),
+    Row("schedule.name", "inverse_sqrt", ("lrs",)),
+    Row("schedule.warmup_steps", 2, ("lrs",)),
+    Row("schedule.min_lr", 5e-3, ("lrs",)),
+    Row("schedule.decay_steps", 2, ("lrs",)),
+    Row("precision.dtype", "bf16", ("dtype", "losses")),
+    Row("precision.dtype", "fp16", refused=_NOT_BUILT),
+    Row("parallel.engine", "torch", ("engine",), {"parallel.zero_stage": 1}),
+    Row("parallel.zero_stage", 3, ("engine",), {"parallel.engine": "torch"}),
+    Row("parallel.tensor_parallel_size", 2, refused=_NOT_BUILT),
+    Row("parallel.sequence_parallel", True, refused=_NOT_BUILT),
+    Row("parallel.pipeline_parallel_size", 2, refused=_NOT_BUILT),
+    Row("parallel.virtual_pipeline_stages", 2, refused=_NOT_BUILT),
+    Row("parallel.pipeline_schedule", "gpipe", refused=_NOT_BUILT),
+    Row("parallel.context_parallel_size", 2, refused=_NOT_BUILT),
+    Row("evaluation.interval", 2, ("validations",)),
+    Row("evaluation.max_samples", 1, ("validations",)),
+    Row(
+        "evaluation.early_stop_patience",
+        1,
+        ("stop", "losses"),
+        {**_VALIDATES, "evaluation.early_stop_patience": 9, "evaluation.early_stop_min_delta": 9.0},
+    ),
+    Row(
+        "evaluation.early_stop_min_delta",
+        9.0,
+        ("stop", "losses"),
+        {**_VALIDATES, "evaluation.early_stop_patience": 1},
+    ),
+    Row("evaluation.target_loss", 99.0, ("stop", "losses"), _VALIDATES),
+    Row("checkpoint.save_interval", 1, ("checkpoints",)),
+    Row("checkpoint.keep_last", 1, ("checkpoints",), {"checkpoint.save_interval": 1}),
+    Row("logging.log_interval", 3, ("console",)),
+    Row("logging.tensorboard", True, ("files",)),
+)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest()[:16]
+
+
+def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs on the rank: train by this config as the command line does, and tell what is seen."""
+    from rich.console import Console
+
+    from megascale.cli.config import all_checks
+    from megascale.config.load import load_config
+    from megascale.errors import UserError
+    from megascale.launcher.environment import ProcessInfo
+    from megascale.launcher.rendezvous import choose_device
+    from megascale.training.assemble import assemble
+
+    text = io.StringIO()
+    try:
+        config = load_config(tree, checks=all_checks(), world_size=1)
+        device = choose_device(config.run.device, ProcessInfo(0, 1, 0, False))
+        run = assemble(config, device, console=Console(file=text, width=300))
+    except UserError as error:
+        return {"refused": str(error), "device": "refused"}
+    engine, loader = run.engine, run.trainer.parts.loader
+    masters = {
+        f.name: (f.global_shape, f.tensor.numpy().copy()) for f in engine.fragments(["master"])
+    }
+    batches = loader.load(0)
+    seen: dict[str, Any] = {
+        "device": device.type,
+        "engine": type(engine).__name__,
+        "dtype": str(next(iter(engine.module.parameters())).dtype),
+        "shapes": {name: shape for name, (shape, _) in masters.items()},
+        "initial": {name: _digest(values.tobytes()) for name, (_, values) in masters.items()},
+        "micro_batches": [tuple(batch["input_ids"].shape) for batch in batches],
+        "samples": [[sorted((k, v.tolist()) for k, v in batch.items())] for batch in batches],
+    }
+    try:
+        run.trainer.fit()
+    finally:
+        seen["state"] = sorted({f.kind for f in engine.fragments(engine.state_kinds)})
+        engine.close()
+    return {**seen, **_written(config.run.output_dir, folder, text.getvalue(), run.trainer)}
+
+
+def _written(output: str, folder: str, console: str, trainer: Any) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "losses": [line["loss"] for line in lines],
+        "lrs": [line["lr"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
+        "samples_seen": [line["samples_seen"] for line in lines],
+        "console": [
+            line.split("  loss")[0] for line in console.splitlines() if "grad norm" in line
+        ],
+        "validations": [line for line in console.splitlines() if "valid loss" in line],
+        "checkpoints": sorted(path.name for path in (Path(output) / "checkpoints").iterdir()),
+        "stop": trainer.stop_reason,
+        # an event file's name has a time and a process number in it
+        "files": sorted(
+            {
+                str(path.relative_to(folder)).split("events.out")[0]
+                for path in Path(folder).rglob("*")
+                if path.is_file()
+            }
+        ),
+    }
+
+
+@dataclass
+class Observer:
+    """Runs configs on a pool of one rank; base runs are made once."""
+
+    pools: Pools
+    root: Path
+    names: dict[str, str]
+    _base: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _count: int = 0
+
+    def __call__(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        self._count += 1
+        folder = self.root / f"run_{self._count}"
+        folder.mkdir()
+        tree = settings(Path(self.names["data"]), folder / "run", train__max_steps=STEPS)
+        tree["checkpoint"]["save_interval"] = 0
+        for path, value in changes.items():
+            section, _, name = path.partition(".")
+            if isinstance(value, str):
+                value = value.format(folder=folder, **self.names)
+            tree.setdefault(section, {})[name] = value
+        return self.pools(1).run(observe, tree=tree, folder=str(folder))[0]
+
+    def base(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The run that a change is compared with."""
+        key = json.dumps(dict(changes), sort_keys=True)
+        if key not in self._base:
+            self._base[key] = self(changes)
+        return self._base[key]
+
+
+@pytest.fixture(scope="module")
+def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer:
+    root = tmp_path_factory.mktemp("effects")
+    (root / "other").mkdir()
+    tokenizer = make_tokenizer(root)
+    data = make_dataset(root, tokenizer)
+    names = {
+        "data": str(data),
+        "other": str(make_dataset(root / "other", tokenizer, shift=3)),
+        "prefix": str(data / "shard_00000"),
+        "tokenizer": str(tokenizer),
+    }
+    return Observer(pools, root, names)
+
+
+def test_every_setting_has_a_row_and_every_row_a_setting() -> None:
+    assert {row.leaf for row in ROWS} == {path for path, _ in leaf_fields()}
+
+
+def test_two_runs_of_one_config_show_the_same(observer: Observer) -> None:
+    """Else a difference could be chance."""
+    first, second = observer.base({}), observer({})
+    for seen in (first, second):
+        seen["files"] = [name for name in seen["files"] if name.startswith("run/")]
+    assert first == second
+    assert len(first["losses"]) == STEPS
+    assert all(loss > 0 for loss in first["losses"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.leaf}={row.value}" for row in ROWS])
+def test_a_change_has_an_effect(row: Row, observer: Observer) -> None:
+    changed = observer({**row.base, row.leaf: row.value})
+    if row.refused:
+        assert row.leaf in changed["refused"]
+        assert row.refused in changed["refused"]
+        return
+    base = observer.base(row.base)
+    assert "refused" not in base, base["refused"]
+    if row.leaf != "run.device":  # refused where there is no GPU: that is its effect
+        assert "refused" not in changed, changed["refused"]
+    for key in row.shows:
+        assert changed[key] != base[key], f"{row.leaf} = {row.value} left {key} as it was"

@@ -1,0 +1,126 @@
+"""`bash launch/quickstart.sh`, the whole of it, with a model that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megascale.config.yaml_text import dump_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+SETTINGS = {
+    "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 32},
+    "data": {"path": "given by the script"},
+    "train": {"global_batch_size": 8, "micro_batch_size": 2},
+    "parallel": {"zero_stage": 1},
+    "logging": {"tensorboard": False},
+}
+
+
+def _quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
+    """Run the script from a foreign folder, without installing; stderr comes with stdout."""
+    environment = {
+        **os.environ,
+        "MEGASCALE_PYTHON": sys.executable,
+        "QUICKSTART_DIR": "made",  # relative: taken from where the script is called
+        "QUICKSTART_STEPS": str(STEPS),
+        "OMP_NUM_THREADS": "1",
+        **knobs,
+    }
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / "quickstart.sh")],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "tiny.yaml").write_text(dump_yaml(SETTINGS), encoding="utf-8")
+    return folder
+
+
+def test_from_text_through_a_kill_to_a_sample(folder: Path) -> None:
+    done = _quickstart(folder, QUICKSTART_CONFIG="tiny.yaml")
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in done.stdout
+    run = folder / "made" / "run_01"
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["samples_seen"] for line in lines] == [8 * step for step in range(1, STEPS + 1)]
+
+    lost = [
+        json.loads(line)["step"]
+        for line in (run / "metrics_before_kill.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
+    saved = STEPS // 4
+    assert saved < lost[-1] < STEPS // 2, "killed in the first half, after a checkpoint"
+    assert f"resumed from {run / 'checkpoints' / f'step_{saved:08d}'} at step {saved}" in done.stdout
+    assert f"{len(lost)} steps ran before the kill" in done.stdout
+    assert "losses and gradient norms on file now: bit-identical" in done.stdout
+
+    table = dict(
+        line.split(maxsplit=1) for line in (run / "evaluation.txt").read_text().splitlines()
+    )
+    assert table["step"] == str(STEPS)
+    assert 0 < float(table["bigram_entropy"]) < float(table["unigram_entropy"])
+    assert float(table["loss"]) > float(table["bigram_entropy"])
+    assert f"{STEPS} steps are too few to ask for it" in done.stdout
+    assert "\ndef " in done.stdout
+    assert done.stdout.count("\n$ ") == 6, "each step shows its command"
+    assert "installation took 0 s, everything else" in done.stdout
+
+
+def test_a_second_run_reuses_data_and_keeps_the_first(folder: Path) -> None:
+    """With a learning rate that learns nothing it also shows that the gate can fail."""
+    hopeless = {
+        **SETTINGS,
+        "model": {**SETTINGS["model"], "seq_length": 4, "hidden_size": 4},
+        "optimizer": {"lr": 1e-9},
+        "train": {"global_batch_size": 2, "micro_batch_size": 2},
+    }
+    (folder / "hopeless.yaml").write_text(dump_yaml(hopeless), encoding="utf-8")
+    before = (folder / "made" / "run_01" / "metrics.jsonl").read_bytes()
+    done = _quickstart(
+        folder, QUICKSTART_CONFIG="hopeless.yaml", QUICKSTART_STEPS="300", NPROC="1"
+    )
+    assert done.returncode == 1, done.stdout
+    assert "is not below the bigram entropy" in done.stdout
+    assert "already done" in done.stdout
+    assert "already prepared" in done.stdout
+    assert "this one goes to" in done.stdout
+    assert (folder / "made" / "run_01" / "metrics.jsonl").read_bytes() == before
+    assert len((folder / "made" / "run_02" / "metrics.jsonl").read_text().splitlines()) == 300
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"QUICKSTART_STEPS": "5"}, "QUICKSTART_STEPS=5"),
+        ({"NPROC": "two"}, "NPROC=two"),
+        ({"QUICKSTART_CONFIG": "absent.yaml"}, "absent.yaml"),
+        ({"QUICKSTART_INPUT": "absent.txt", "QUICKSTART_DIR": "other"}, "absent.txt"),
+    ],
+)
+def test_a_wrong_knob_is_named_and_nothing_is_left_running(
+    folder: Path, knobs: dict[str, str], named: str
+) -> None:
+    done = _quickstart(folder, **knobs)
+    assert done.returncode != 0
+    assert named in done.stdout
+    assert "remedy" in done.stdout or "did you mean" in done.stdout
+    assert "Traceback" not in done.stdout
