@@ -91,11 +91,11 @@ class Engine(Evaluable, Protocol):
         """Clip, update with learning rate `lr`, clear gradients."""
         ...
 
-    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """Live views of what this rank must save, by kind ("master", "grad", state keys).
 
-        Data that several ranks hold alike is yielded by one of them. "grad" is valid between
-        `forward_backward` and `step` only.
+        Data that several ranks hold alike is yielded by one of them, or with `replicas` by all.
+        "grad" is valid between `forward_backward` and `step` only.
         """
         ...
 

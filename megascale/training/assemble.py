@@ -26,7 +26,9 @@ from megascale.errors import UserError
 from megascale.optim.factory import STATE_KEYS, build_optimizer
 from megascale.optim.param_groups import weight_decay_groups
 from megascale.optim.schedule import LearningRateSchedule
+from megascale.parallel.activation_checkpoint import recompute
 from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
 from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
 from megascale.training.callbacks.console import ConsoleCallback
@@ -129,12 +131,24 @@ def assemble(
 
 
 def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on the meta device -> materialise -> initialise by name -> engine."""
+    """Model on meta -> tensor-parallel cut -> recomputation -> materialise, initialise -> engine."""
     with torch.device("meta"):
         module = task.build_module()
+    placements = whole_placements(module)
+    if mesh.tp_size > 1:
+        placements = task.parallelize(module, tensor_group(config, mesh))
+    blocks = task.blocks(module)
+    recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
-    task.initialize(module)
-    return build_engine(config, module, task.blocks(module), optimizer_recipe(config), mesh)
+    task.initialize(module, placements)
+    return build_engine(config, module, blocks, optimizer_recipe(config), mesh, placements)
+
+
+def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
+    """What a cut needs to know of the mesh."""
+    return TensorGroup(
+        mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel
+    )
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:
