@@ -12,6 +12,7 @@ from megascale import __version__
 from megascale.cli import config as config_command
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
+from megascale.cli import verify as verify_command
 from megascale.cli.train import train
 from megascale.errors import UserError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=True,
 )
 app.add_typer(config_command.app, name="config")
+app.add_typer(verify_command.app, name="verify")
 app.command()(train)
 app.command()(evaluate)
 app.command()(generate)

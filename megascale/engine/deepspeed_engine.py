@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         self._mesh = mesh
         self._stage = stage
         self._num_micro_batches = num_micro_batches
-        self._placements = placements
+        self.placements = placements
         for name, param in module.named_parameters():
             # without the mark DeepSpeed counts a shard as a copy: norm and clipping are wrong
             param.tensor_model_parallel = placements[name].sharded  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ class DeepSpeedEngine:
     def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
         for name, param in self._params.items():
-            place = self._placements[name]
+            place = self.placements[name]
             if not (replicas or place.sharded or self._mesh.tp_rank == 0):
                 continue
             for kind in kinds:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megascale.parallel.fragment import Fragment
+from megascale.parallel.tensor_parallel import Placement
 
 MicroBatch = Mapping[str, torch.Tensor]
 OptimizerBuilder = Callable[[Iterable[tuple[str, torch.Tensor]]], torch.optim.Optimizer]
@@ -72,6 +73,7 @@ class Engine(Evaluable, Protocol):
     """
 
     module: nn.Module
+    placements: Mapping[str, Placement]
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: float

@@ -37,7 +37,7 @@ class TorchEngine:
         placements: Mapping[str, Placement],
     ) -> None:
         self.module = module
-        self._placements = placements
+        self.placements = placements
         self._recipe = recipe
         self._mesh = mesh
         self._device = next(module.parameters()).device
@@ -112,12 +112,12 @@ class TorchEngine:
 
     def _is_counted(self, name: str) -> bool:
         """Whether this rank speaks for a parameter: copies over tp are counted once."""
-        return self._placements[name].sharded or self._mesh.tp_rank == 0
+        return self.placements[name].sharded or self._mesh.tp_rank == 0
 
     def _all_fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
         gradients = self._gradients() if "grad" in kinds else {}
         for name, master in self._masters.items():
-            placement, start = self._placements[name], self._start(name)
+            placement, start = self.placements[name], self._start(name)
             for kind in kinds:
                 if kind == "master":
                     tensor = master
