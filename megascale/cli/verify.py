@@ -87,7 +87,7 @@ def _choose(config: Path, overrides: list[str], text: str, nproc: int) -> list[L
     """The layouts to verify, each checked; the single process must be legal too."""
     _load(config, overrides, SINGLE)
     if text == "auto":
-        return list(legal_layouts(nproc, lambda one: _load(config, overrides, one) and None))
+        return list(legal_layouts(nproc, lambda one: _load(config, overrides, one)))
     chosen = parse_layouts(text)
     for one in chosen:
         _load(config, overrides, one)

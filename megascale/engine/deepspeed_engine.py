@@ -20,8 +20,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_local_grad
 from torch import nn
 
-from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.engine.mpu import Mpu
+from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.parallel.fragment import Fragment
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.tensor_parallel import Placement

@@ -128,9 +128,7 @@ class TorchEngine:
                 else:
                     continue  # before the first update the optimizer has no state
                 flat = tensor.detach().view(-1)
-                yield Fragment(
-                    name, kind, placement.global_shape, placement.box, start, flat
-                )
+                yield Fragment(name, kind, placement.global_shape, placement.box, start, flat)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError

@@ -88,8 +88,8 @@ def initialize(
         assert not parameter.is_meta, f"{name} is on the meta device: call to_empty first"
         whole = tuple((0, size) for size in parameter.shape)
         shape, box = (parts or {}).get(name, (tuple(parameter.shape), whole))
-        value = initial_value(
-            prefix + name, shape, seed, init_std=init_std, num_layers=num_layers
-        )[tuple(slice(begin, end) for begin, end in box)]
+        value = initial_value(prefix + name, shape, seed, init_std=init_std, num_layers=num_layers)[
+            tuple(slice(begin, end) for begin, end in box)
+        ]
         with torch.no_grad():
             parameter.copy_(value)

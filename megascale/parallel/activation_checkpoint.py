@@ -31,15 +31,13 @@ def recompute(blocks: Iterable[nn.Module], mode: Mode) -> None:
         return
     for block in blocks:
         target = block if mode == "full" else block.get_submodule(SELECTIVE)
-        target.forward = _checkpointed(target.forward)  # type: ignore[method-assign]
+        target.forward = _checkpointed(target.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         # preserve_rng_state: no part of a model draws from a generator
-        return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return recomputed

@@ -112,4 +112,3 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial results (B, T, ...) -> own part (B, T_local, ...) of their sum."""
     return _Scatter.apply(x, group)
-

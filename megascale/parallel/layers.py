@@ -196,4 +196,3 @@ def _part(parameter: Tensor, dim: int, interval: tuple[int, int]) -> nn.Paramete
     """A parameter of the local shape; values are kept where there are any (not on meta)."""
     begin, end = interval
     return nn.Parameter(parameter.detach().narrow(dim, begin, end - begin).clone())
-

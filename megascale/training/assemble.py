@@ -162,7 +162,7 @@ def _step_parts(
 
 
 def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on meta -> tensor-parallel cut -> recomputation -> materialise, initialise -> engine."""
+    """Model on meta -> tensor-parallel cut -> recomputation -> initialise by name -> engine."""
     with torch.device("meta"):
         module = task.build_module()
     placements = whole_placements(module)
@@ -177,9 +177,7 @@ def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torc
 
 def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
     """What a cut needs to know of the mesh."""
-    return TensorGroup(
-        mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel
-    )
+    return TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel)
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:

@@ -73,7 +73,12 @@ class Verdict:
 
 
 def compare(
-    found: RunRecord, expected: RunRecord, layout: Layout, tolerance: Tolerance, micro: int, lr: float
+    found: RunRecord,
+    expected: RunRecord,
+    layout: Layout,
+    tolerance: Tolerance,
+    micro: int,
+    lr: float,
 ) -> Verdict:
     """Compare step by step; tensors in backward order, so that the first named is the source.
 
@@ -155,8 +160,9 @@ def _cause(
     if what == "samples":
         return "ranks read other samples, or in another order", ""
     if what in ("loss", "gradient norm"):
-        values = (found.losses, expected.losses) if what == "loss" else (found.norms, expected.norms)
-        ratio = values[0][step] / values[1][step] if values[1][step] else float("nan")
+        field = "losses" if what == "loss" else "norms"
+        ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
+        ratio = ours / theirs if theirs else float("nan")
         named = _factor(ratio, layout, micro)
         return named or "no gradient differs before it: look at its own reduction", ""
     kind = "master" if what == "weight" else "grad"

@@ -102,7 +102,7 @@ def _in_range(key: str, value: int) -> bool:
     return low <= value <= high
 
 
-def legal_layouts(nproc: int, check: Callable[[Layout], None]) -> Iterator[Layout]:
+def legal_layouts(nproc: int, check: Callable[[Layout], object]) -> Iterator[Layout]:
     """Every layout of exactly `nproc` processes that the config and the engines allow.
 
     Args:

@@ -28,7 +28,6 @@ from megascale.training.step import StepParts, train_step
 from megascale.training.tasks.base import Task
 from megascale.training.tasks.registry import build_task
 
-
 # name, global shape, (begin, length) of the runs in the flattened global tensor, values
 Piece = tuple[str, tuple[int, ...], tuple[np.ndarray, np.ndarray], np.ndarray]
 
