@@ -91,7 +91,7 @@ def test_same_training(
 def test_resume_in_another_tensor_parallel_size(
     pools: Pools, token_prefix: Path, tmp_path: Path
 ) -> None:
-    """Saved with tp 2 (ZeRO-3), continued bit-identically there, and within 1e-5 with tp 1 and 4."""
+    """Saved with tp 2 and ZeRO-3; bit-identical there, within 1e-5 with tp 1 and 4."""
     settings = settings_of(token_prefix, {**GPT, **_parallel(2, True, "deepspeed", 3, "none")})
     folder = str(tmp_path)
     straight = pools(4).run(save_rank, settings=settings, folder=folder, at_step=2, steps=4)
@@ -123,7 +123,7 @@ def _loss_of_parts(seed: int, vocab: int) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.parametrize("vocab", [4, 13, 50])
 def test_vocab_parallel_cross_entropy(pools: Pools, vocab: int) -> None:
-    """Loss and gradient equal torch's on the whole logits, large ones and masked labels included."""
+    """Loss and gradient equal torch's on the whole logits, large and masked ones included."""
     generator = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(7, vocab, generator=generator) * 30).requires_grad_()
     labels = torch.randint(0, vocab, (7,), generator=generator)
