@@ -209,8 +209,9 @@ PY
 
 evaluate() { # prints the table and stops unless the model beats a table of pairs
   local table loss bigram steps
-  show "${megascale[@]}" evaluate "$checkpoint" --baselines
-  table=$("${megascale[@]}" evaluate "$checkpoint" --baselines)
+  local command=("${megascale[@]}" evaluate "$checkpoint" --baselines --nproc "$nproc")
+  show "${command[@]}"
+  table=$("${command[@]}")
   say "$table" | tee "$run_dir/evaluation.txt"
   loss=$(awk '$1 == "loss" {print $2}' <<<"$table")
   bigram=$(awk '$1 == "bigram_entropy" {print $2}' <<<"$table")

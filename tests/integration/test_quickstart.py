@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from megascale.parallel.fragment import Fragment, whole_box
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
+TIMEOUT_S = 240
 SETTINGS = {
     "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 32},
     "data": {"path": "given by the script", "split": [0.8, 0.2]},
@@ -41,16 +43,22 @@ def _quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
         **knobs,
     }
-    return subprocess.run(
-        ["bash", str(ROOT / "launch" / "quickstart.sh")],
+    command = ["bash", str(ROOT / "launch" / "quickstart.sh")]
+    with subprocess.Popen(
+        command,
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
-        check=False,
-    )
+        start_new_session=True,
+    ) as script:
+        try:
+            output, _ = script.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(script.pid, signal.SIGTERM)  # its trap ends the training's own group
+            raise
+    return subprocess.CompletedProcess(command, script.returncode, output)
 
 
 @pytest.fixture(scope="module")
