@@ -81,7 +81,7 @@ class ModelConfig(Section):
     """Non-linearity of the feed-forward layer; gelu_tanh is GPT-2's approximation of gelu; swiglu
     and geglu multiply it with a gate."""
     bias: bool = True
-    """Whether LayerNorm and linear layers have biases, where the next three do not say otherwise."""
+    """Whether LayerNorm and linear layers have biases, where the next three do not tell."""
     qkv_bias: bool | None = None
     """Whether the query, key and value projections have biases; null: bias."""
     attention_output_bias: bool | None = None

@@ -48,9 +48,10 @@ def flops_per_token(config: GPTConfig, seq_length: int) -> int:
     N counts the weights that take part in matrix products: those of the layers and the head's
     V x D (tied or not); embedding lookups, norms and biases are left out. 12 D s is the score and
     value products of one layer's attention over all s positions, or over the window where that is
-    shorter (the causal half is not subtracted), with D = heads x head width. The backward pass counts twice the forward pass; recomputation is not
-    counted. This is the convention of Megatron-LM (arXiv:2104.04473, section 5.1, without
-    recomputation) and of PaLM (arXiv:2204.02311, appendix B), hence of the MFU we print.
+    shorter (the causal half is not subtracted), with D = heads x head width. The backward pass
+    counts twice the forward pass; recomputation is not counted. This is the convention of
+    Megatron-LM (arXiv:2104.04473, section 5.1, without recomputation) and of PaLM
+    (arXiv:2204.02311, appendix B), hence of the MFU we print.
 
     Args:
         seq_length: s, tokens a sample.

@@ -35,7 +35,9 @@ CASES: dict[str, list[Case]] = {
     "heads_divide_hidden_size": [
         Case(HEADS + "9", "model.hidden_size", HEADS + "8", "num_attention_heads = 8"),
         Case("model.hidden_size=100", "model.hidden_size", "model.hidden_size=96", "96 or 108"),
-        Case("model.hidden_size=100", "model.hidden_size", "model.hidden_size=100 model.head_dim=8"),
+        Case(
+            "model.hidden_size=100", "model.hidden_size", "model.hidden_size=100 model.head_dim=8"
+        ),
     ],
     "kv_heads_divide_heads": [
         Case("model.num_kv_heads=5", "model.num_kv_heads", "model.num_kv_heads=4", "4 or 6"),
@@ -107,18 +109,14 @@ CASES: dict[str, list[Case]] = {
         Case("model.rotary_fraction=0.25", "model.rotary_fraction", ROPE),
     ],
     "ignored:model.rope_scaling": [
-        Case(
-            "model.rope_scaling=linear model.rope_scaling_factor=2", "model.rope_scaling", LINEAR
-        ),
+        Case("model.rope_scaling=linear model.rope_scaling_factor=2", "model.rope_scaling", LINEAR),
     ],
     "ignored:model.rope_scaling_factor": [
         Case(ROPE + "model.rope_scaling_factor=2", "model.rope_scaling_factor", LINEAR),
     ],
     **{
         f"ignored:model.{name}": [
-            Case(
-                LINEAR + f"model.{name}=2", f"model.{name}", LLAMA3 + f"model.{name}=2", "llama3"
-            ),
+            Case(LINEAR + f"model.{name}=2", f"model.{name}", LLAMA3 + f"model.{name}=2", "llama3"),
         ]
         for name in ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")
     },
