@@ -10,6 +10,7 @@ import typer
 
 from megascale import __version__
 from megascale.cli import config as config_command
+from megascale.cli import convert as convert_command
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
 from megascale.cli.train import train
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=True,
 )
 app.add_typer(config_command.app, name="config")
+app.add_typer(convert_command.app, name="convert")
 app.command()(train)
 app.command()(evaluate)
 app.command()(generate)
