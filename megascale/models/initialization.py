@@ -36,7 +36,7 @@ def initial_value(
     """The initial value of one parameter: full tensor, fp32, CPU.
 
     Matrices are normal with deviation ``init_std``, divided by sqrt(2 * num_layers) where they end
-    a residual branch (GPT-2, section 2.3); norm weights are 1 and biases 0.
+    a residual branch (GPT-2, section 2.3); norm weights are 1, their offsets and biases 0.
 
     Args:
         name: name in the whole model, without prefixes of wrappers, e.g.
@@ -47,7 +47,7 @@ def initial_value(
         num_layers: layers of the whole model.
 
     Raises:
-        ValueError: a vector that is neither a bias nor a norm's weight.
+        ValueError: a vector that is neither a bias nor a norm's weight or offset.
     """
     if len(shape) >= 2:
         std = init_std
@@ -56,13 +56,13 @@ def initial_value(
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         return torch.empty(*shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
     *path, kind = name.split(".")
-    if kind == "bias":
+    if kind == "bias" or (kind == "offset" and path and path[-1].endswith("norm")):
         return torch.zeros(*shape)
     if kind == "weight" and path and path[-1].endswith("norm"):
         return torch.ones(*shape)
     raise ValueError(
         f"no rule for the initial value of {name!r} of shape {tuple(shape)}: a vector is called "
-        "'<...>.bias' or '<...>norm.weight'"
+        "'<...>.bias', '<...>norm.weight' or '<...>norm.offset'"
     )
 
 

@@ -45,7 +45,7 @@ class LoadedModel:
         self.module: nn.Module = module.to_empty(device=device)
         self._fill()
         self.module.eval()
-        self.tokenizer = self._load_tokenizer()
+        self.tokenizer = checkpoint_tokenizer(self.reader)
         self.reader.close()
 
     def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,16 +67,18 @@ class LoadedModel:
                 flat = parameter.detach().view(-1)
                 self.reader.fill(Fragment(name, "master", shape, whole_box(shape), 0, flat))
 
-    def _load_tokenizer(self) -> Tokenizer | None:
-        files = [f.path for f in self.reader.manifest.files if f.path.startswith("tokenizer/")]
-        if not files:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            for path in files:
-                target = Path(folder) / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self.reader.attachment(path))
-            return load_tokenizer(Path(folder) / "tokenizer")
+
+def checkpoint_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
+    """The tokenizer stored in a checkpoint; None when there is none."""
+    files = [f.path for f in reader.manifest.files if f.path.startswith("tokenizer/")]
+    if not files:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for path in files:
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(reader.attachment(path))
+        return load_tokenizer(Path(folder) / "tokenizer")
 
 
 def require_tokenizer(model: LoadedModel) -> Tokenizer:

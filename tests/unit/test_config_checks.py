@@ -23,6 +23,9 @@ class Case:
     world_size: int | None = None
 
 
+ROPE = "model.position_embedding=rope "
+LINEAR = ROPE + "model.rope_scaling=linear model.rope_scaling_factor=2 "
+LLAMA3 = ROPE + "model.rope_scaling=llama3 model.rope_scaling_factor=8 "
 HEADS = "model.hidden_size=96 model.num_attention_heads="
 SGD = "optimizer.name=sgd "
 NO_VALID = "data.split=[1.0] "
@@ -32,12 +35,15 @@ CASES: dict[str, list[Case]] = {
     "heads_divide_hidden_size": [
         Case(HEADS + "9", "model.hidden_size", HEADS + "8", "num_attention_heads = 8"),
         Case("model.hidden_size=100", "model.hidden_size", "model.hidden_size=96", "96 or 108"),
+        Case(
+            "model.hidden_size=100", "model.hidden_size", "model.hidden_size=100 model.head_dim=8"
+        ),
     ],
     "kv_heads_divide_heads": [
         Case("model.num_kv_heads=5", "model.num_kv_heads", "model.num_kv_heads=4", "4 or 6"),
         Case("model.num_kv_heads=24", "model.num_kv_heads", "model.num_kv_heads=12"),
     ],
-    "rope_needs_even_head_width": [
+    "rope_needs_even_width": [
         Case(
             "model.position_embedding=rope model.hidden_size=36",
             "model.position_embedding",
@@ -49,6 +55,83 @@ CASES: dict[str, list[Case]] = {
             "model.position_embedding",
             "model.hidden_size=36",
             "model.hidden_size = 24 or 48",
+        ),
+        Case(
+            ROPE + "model.head_dim=5",
+            "model.position_embedding",
+            ROPE + "model.head_dim=6",
+            "model.head_dim = 4 or 6",
+        ),
+        Case(
+            ROPE + "model.rotary_fraction=0.33",
+            "model.rotary_fraction",
+            ROPE + "model.rotary_fraction=0.34375",
+            "0.33 * 64 gives 21 model.rotary_fraction = 0.34375",
+        ),
+        Case(
+            ROPE + "model.rotary_fraction=0.01",
+            "model.rotary_fraction",
+            ROPE + "model.rotary_fraction=0.03125",
+            "0.03125",
+        ),
+    ],
+    "stretching_needs_factor": [
+        Case(
+            ROPE + "model.rope_scaling=linear",
+            "model.rope_scaling_factor",
+            LINEAR,
+            "must be > 1: model.rope_scaling = linear",
+        ),
+    ],
+    "llama3_needs_a_passage": [
+        Case(
+            LLAMA3 + "model.rope_low_freq_factor=4",
+            "model.rope_high_freq_factor",
+            LLAMA3 + "model.rope_low_freq_factor=4 model.rope_high_freq_factor=16",
+            "for example 16.0",
+        ),
+    ],
+    "local_theta_needs_windows": [
+        Case(
+            ROPE + "model.rope_local_theta=500",
+            "model.rope_local_theta",
+            ROPE + "model.rope_local_theta=500 model.sliding_window=8",
+            "sliding_window is None",
+        ),
+        Case(
+            "model.rope_local_theta=500 model.sliding_window=8",
+            "model.rope_local_theta",
+            "model.sliding_window=8",
+            "position_embedding is learned",
+        ),
+    ],
+    "ignored:model.rotary_fraction": [
+        Case("model.rotary_fraction=0.25", "model.rotary_fraction", ROPE),
+    ],
+    "ignored:model.rope_scaling": [
+        Case("model.rope_scaling=linear model.rope_scaling_factor=2", "model.rope_scaling", LINEAR),
+    ],
+    "ignored:model.rope_scaling_factor": [
+        Case(ROPE + "model.rope_scaling_factor=2", "model.rope_scaling_factor", LINEAR),
+    ],
+    **{
+        f"ignored:model.{name}": [
+            Case(LINEAR + f"model.{name}=2", f"model.{name}", LLAMA3 + f"model.{name}=2", "llama3"),
+        ]
+        for name in ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")
+    },
+    "ignored:model.norm_unit_offset": [
+        Case(
+            "model.norm_unit_offset=true",
+            "model.norm_unit_offset",
+            "model.norm_unit_offset=true model.norm=rmsnorm",
+        ),
+    ],
+    "ignored:model.global_layer_interval": [
+        Case(
+            "model.global_layer_interval=2",
+            "model.global_layer_interval",
+            "model.global_layer_interval=2 model.sliding_window=8",
         ),
     ],
     "min_lr_below_lr": [

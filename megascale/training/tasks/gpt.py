@@ -40,14 +40,35 @@ def gpt_config(model: ModelConfig) -> GPTConfig:
         num_kv_heads=model.resolved_num_kv_heads,
         ffn_hidden_size=model.resolved_ffn_hidden_size,
         seq_length=model.seq_length,
+        head_width=model.head_dim,
         position_embedding=model.position_embedding,
         norm=model.norm,
         norm_eps=model.norm_eps,
+        norm_placement=model.norm_placement,
+        norm_unit_offset=model.norm_unit_offset,
+        parallel_residual=model.parallel_residual,
         activation=model.activation,
         bias=model.bias,
+        qkv_bias=model.qkv_bias,
+        attention_output_bias=model.attention_output_bias,
+        mlp_bias=model.mlp_bias,
+        qk_norm=model.qk_norm,
+        query_scaling=model.query_scaling,
+        attention_softcap=model.attention_softcap,
+        logit_softcap=model.logit_softcap,
+        sliding_window=model.sliding_window,
+        global_layer_interval=model.global_layer_interval,
+        scale_embeddings=model.scale_embeddings,
         dropout=model.dropout,
         attention_dropout=model.resolved_attention_dropout,
         rope_theta=model.rope_theta,
+        rope_local_theta=model.rope_local_theta,
+        rotary_fraction=model.rotary_fraction,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        rope_low_freq_factor=model.rope_low_freq_factor,
+        rope_high_freq_factor=model.rope_high_freq_factor,
+        rope_original_length=model.rope_original_length,
         init_std=model.init_std,
         tie_word_embeddings=model.tie_word_embeddings,
     )
@@ -65,7 +86,9 @@ class GPTModule(nn.Module):
         super().__init__()
         self.seed = seed
         self.model = GPT(config)
-        self.head = LMHead(config.hidden_size, config.vocab_size, config.tie_word_embeddings)
+        self.head = LMHead(
+            config.hidden_size, config.vocab_size, config.tie_word_embeddings, config.logit_softcap
+        )
         self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
             whole_cross_entropy
         )
@@ -129,8 +152,14 @@ def gpt_plan(config: GPTConfig) -> Plan:
     }
     if config.position_embedding == "learned":
         plan["model.embedding.positions"] = Rule("positions")
-    if config.activation == "swiglu":
+    if config.activation in ("swiglu", "geglu"):
         plan[f"{layer}.mlp.gate"] = Rule("column")
+    if config.norm_placement == "sandwich":
+        plan[f"{layer}.attention_post_norm"] = Rule("sequence")
+        plan[f"{layer}.mlp_post_norm"] = Rule("sequence")
+    if config.qk_norm:
+        plan[f"{layer}.attention.query_norm"] = Rule("heads")
+        plan[f"{layer}.attention.key_norm"] = Rule("heads")
     return plan
 
 
