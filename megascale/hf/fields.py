@@ -53,6 +53,18 @@ def resolved(model: ModelConfig) -> dict[str, Any]:
     return values
 
 
+def simplified(settings: Values) -> dict[str, Any]:
+    """The same model with null wherever null means what is given."""
+    model = ModelConfig(**settings)
+    wanted = resolved(model)
+    for name, value in wanted.items():
+        without = model.model_copy(update={name: None})
+        nullable = ModelConfig.model_fields[name].default is None
+        if nullable and value is not None and resolved(without)[name] == value:
+            model = without
+    return model.model_dump()
+
+
 @dataclass(frozen=True)
 class Same:
     """One field of theirs is one or several settings of ours.

@@ -23,6 +23,7 @@ from megascale.config.yaml_text import dump_yaml
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UserError
 from megascale.hf.family import Entry, Family
+from megascale.hf.fields import simplified
 from megascale.hf.layouts import Shape
 from megascale.hf.registry import family_of
 from megascale.hf.source import SafetensorsFolder, TensorSource
@@ -78,9 +79,8 @@ def import_model(
     source = open_source(path)
     try:
         family = family_of(source.config, source.where)
-        config = load_config(
-            {"model": family.read_config(source.config), "data": {"path": NO_DATA}}
-        )
+        settings = simplified(family.read_config(source.config))
+        config = load_config({"model": settings, "data": {"path": NO_DATA}})
         shapes = shapes_of(config)
         entries = family.entries(shapes, config.model.num_layers)
         heads = config.model.num_attention_heads

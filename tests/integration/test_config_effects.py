@@ -48,6 +48,15 @@ class Row:
 _VALIDATES = {"evaluation.interval": 1}
 _SGD = {"optimizer.name": "sgd"}
 _ROPE = {"model.position_embedding": "rope"}
+_WINDOW = {"model.sliding_window": 3}
+# large weights, so that scores and logits reach the bounds and the turns matter
+_LOUD = {"model.init_std": 0.5}
+_LLAMA3 = {
+    **_ROPE,
+    "model.rope_scaling": "llama3",
+    "model.rope_scaling_factor": 8.0,
+    "model.rope_original_length": 64,
+}
 _NOT_BUILT = "not built yet"
 
 ROWS = (
@@ -58,6 +67,7 @@ ROWS = (
     Row("model.num_layers", 1, ("shapes",)),
     Row("model.hidden_size", 32, ("shapes",)),
     Row("model.num_attention_heads", 4, ("losses", "grad_norms")),
+    Row("model.head_dim", 4, ("shapes",)),
     Row("model.num_kv_heads", 1, ("shapes",)),
     Row("model.ffn_hidden_size", 24, ("shapes",)),
     Row("model.seq_length", 8, ("shapes", "samples")),
@@ -68,11 +78,38 @@ ROWS = (
     # at small values gelu and its approximation agree to the last bit
     Row("model.activation", "gelu", ("losses",), {"model.init_std": 0.5}),
     Row("model.activation", "swiglu", ("shapes",)),
+    Row("model.activation", "geglu", ("losses",), {**_LOUD, "model.activation": "swiglu"}),
+    Row("model.activation", "geglu_tanh", ("losses",), {**_LOUD, "model.activation": "geglu"}),
+    Row("model.norm_placement", "sandwich", ("shapes", "losses")),
+    Row("model.norm_unit_offset", True, ("shapes", "initial"), {"model.norm": "rmsnorm"}),
+    Row("model.parallel_residual", True, ("losses", "grad_norms"), _LOUD),
     Row("model.bias", False, ("shapes",)),
+    Row("model.qkv_bias", False, ("shapes",)),
+    Row("model.attention_output_bias", False, ("shapes",)),
+    Row("model.mlp_bias", False, ("shapes",)),
+    Row("model.qk_norm", True, ("shapes", "losses")),
+    Row("model.query_scaling", 0.5, ("losses",), _LOUD),
+    Row("model.attention_softcap", 0.1, ("losses",), _LOUD),
+    Row("model.logit_softcap", 0.5, ("losses",), _LOUD),
+    Row("model.sliding_window", 3, ("losses",), _LOUD),
+    Row("model.global_layer_interval", 2, ("losses",), {**_LOUD, **_WINDOW}),
+    Row("model.scale_embeddings", True, ("losses",)),
     Row("model.tie_word_embeddings", False, ("shapes",)),
     Row("model.dropout", 0.5, ("losses",)),
     Row("model.attention_dropout", 0.5, ("losses",)),
     Row("model.rope_theta", 20.0, ("losses",), _ROPE),
+    Row("model.rope_local_theta", 20.0, ("losses",), {**_ROPE, **_WINDOW}),
+    Row("model.rotary_fraction", 0.5, ("losses",), _ROPE),
+    Row(
+        "model.rope_scaling",
+        "llama3",
+        ("losses",),
+        {**_ROPE, "model.rope_scaling": "linear", "model.rope_scaling_factor": 8.0},
+    ),
+    Row("model.rope_scaling_factor", 2.0, ("losses",), _LLAMA3),
+    Row("model.rope_low_freq_factor", 3.0, ("losses",), _LLAMA3),
+    Row("model.rope_high_freq_factor", 20.0, ("losses",), _LLAMA3),
+    Row("model.rope_original_length", 16, ("losses",), _LLAMA3),
     Row("model.init_std", 0.1, ("initial", "losses")),
     Row("data.path", "{other}", ("samples",)),
     Row("data.split", [0.5, 0.5], ("validations", "samples")),
@@ -135,6 +172,7 @@ ROWS = (
     Row("evaluation.target_loss", 99.0, ("stop", "losses"), _VALIDATES),
     Row("checkpoint.save_interval", 1, ("checkpoints",)),
     Row("checkpoint.keep_last", 1, ("checkpoints",), {"checkpoint.save_interval": 1}),
+    Row("checkpoint.init_from", "{weights}", ("losses",)),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),
 )
@@ -255,7 +293,11 @@ def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer
         "prefix": str(data / "shard_00000"),
         "tokenizer": str(tokenizer),
     }
-    return Observer(pools, root, names)
+    observer = Observer(pools, root, names)
+    (root / "source").mkdir()
+    observer({"run.output_dir": str(root / "source"), "run.seed": 9})
+    names["weights"] = str(root / "source" / "checkpoints" / f"step_{STEPS:08d}")
+    return observer
 
 
 def test_every_setting_has_a_row_and_every_row_a_setting() -> None:
