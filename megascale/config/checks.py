@@ -273,6 +273,67 @@ _IGNORED = (
 )
 
 
+# Families -------------------------------------------------------------------------------------
+
+
+def _only_gpt(path: str) -> Check:
+    """A setting that a BERT, whose architecture is fixed, does not have."""
+    default = dict(leaf_fields())[path].default
+
+    def run(config: Config, world_size: int | None) -> Iterator[Problem]:
+        value = read_path(config, path)
+        if value != default and config.model.family == "bert":
+            rule = f"a bert has {show_value(default)} here; {path} is a choice of gpt only"
+            yield Problem(path, value, rule, "leave it out, or model.family = gpt")
+
+    run.__name__ = f"only_gpt:{path}"
+    return Check((path, "model.family"), run)
+
+
+def bert_has_no_gate(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The feed-forward layer of a BERT has two matrices."""
+    if config.model.family == "bert" and config.model.activation == "swiglu":
+        rule = "a bert has a plain feed-forward layer"
+        yield Problem("model.activation", "swiglu", rule, "model.activation = gelu or gelu_tanh")
+
+
+def pairs_need_token_types(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The second segment of a pair has a token type of its own."""
+    objective, types = config.data.sentence_objective, config.model.num_token_types
+    if config.model.family == "bert" and objective != "none" and types < 2:
+        rule = f"data.sentence_objective = {objective} makes samples of two segments"
+        yield Problem("model.num_token_types", types, rule, "model.num_token_types = 2")
+
+
+_BERT = (
+    *(
+        _ignored(path, "model.family", _among("bert"), "the model is a bert")
+        for path in (
+            "model.num_token_types",
+            "data.masking",
+            "data.mask_probability",
+            "data.sentence_objective",
+        )
+    ),
+    *(
+        _only_gpt(path)
+        for path in (
+            "model.num_kv_heads",
+            "model.position_embedding",
+            "model.norm",
+            "model.bias",
+            "model.tie_word_embeddings",
+            "data.isolate_documents",
+        )
+    ),
+    Check(("model.family", "model.activation"), bert_has_no_gate),
+    Check(
+        ("model.family", "model.num_token_types", "data.sentence_objective"),
+        pairs_need_token_types,
+    ),
+)
+
+
 # Not built yet --------------------------------------------------------------------------------
 
 
@@ -291,7 +352,6 @@ def _not_built(path: str, built: tuple[object, ...], part: str) -> Check:
 
 
 _NOT_BUILT = (
-    _not_built("model.family", ("gpt",), "the {} family is"),
     _not_built("precision.dtype", ("fp32", "bf16"), "{} training is"),
     _not_built("parallel.tensor_parallel_size", (1,), "tensor parallelism is"),
     _not_built("parallel.sequence_parallel", (False,), "sequence parallelism is"),
@@ -335,5 +395,6 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         stopping_needs_interval,
     ),
     *_IGNORED,
+    *_BERT,
     *_NOT_BUILT,
 )

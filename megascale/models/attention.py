@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key and value heads.
+"""Self-attention, causal or bidirectional, with grouped key and value heads.
 
 The number of heads is read from the width of a projection's output, so that a model whose
 projections were cut along the heads (tensor parallelism) runs through the same lines.
@@ -31,16 +31,37 @@ def causal_document_mask(document_ids: Tensor) -> Tensor:
     return same & causal_mask(document_ids.shape[1], document_ids.device)
 
 
+def padding_mask(attention_mask: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """``(B, 1, 1 or T, T)`` bool: every query sees the real keys, those of its document only.
+
+    Args:
+        attention_mask: (B, T), 0 at padding and 1 elsewhere.
+        document_ids: (B, T) integers; None: the whole sample is one document. With them every
+            query also sees itself, so that padding with an id of its own has a key to look at.
+    """
+    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+    if document_ids is None:
+        return real
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
+    itself = torch.eye(document_ids.shape[1], dtype=torch.bool, device=document_ids.device)
+    return same & real | itself
+
+
 class CoreAttention(nn.Module):
     """softmax(Q K^T / sqrt(K)) V with dropout on the probabilities; no parameters.
 
     Without active dropout this is torch's fused scaled_dot_product_attention. With it the
     probabilities must exist, because their mask is a function of the sample and not of a
     generator: softmax in fp32, mask over the sample's (H, T, T).
+
+    Args:
+        dropout, dropout_site: see CounterDropout.
+        causal: whether a query sees only the keys up to its own where no mask is given.
     """
 
-    def __init__(self, dropout: float, dropout_site: int) -> None:
+    def __init__(self, dropout: float, dropout_site: int, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.dropout = CounterDropout(dropout, dropout_site)
 
     def forward(
@@ -50,7 +71,8 @@ class CoreAttention(nn.Module):
 
         Args:
             query: (B, H, T, K). key, value: (B, H_kv, T, K) with H_kv dividing H.
-            mask: (B, 1, T, T) bool, True where a query sees a key; None means causal.
+            mask: (B, 1, T or 1, T) bool, True where a query sees a key; None means causal, or all
+                keys when not ``causal``.
             keys: (B,) dropout keys of the samples.
 
         Returns:
@@ -63,12 +85,14 @@ class CoreAttention(nn.Module):
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         if not (self.training and self.dropout.p > 0):
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None
+                query, key, value, attn_mask=mask, is_causal=self.causal and mask is None
             )
-        if mask is None:
+        if mask is None and self.causal:
             mask = causal_mask(query.shape[2], query.device)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, T, T)
-        scores = scores.float().masked_fill(~mask, -math.inf)
+        scores = scores.float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         probabilities = self.dropout(scores.softmax(dim=-1), keys)
         return probabilities.to(value.dtype) @ value
 
@@ -83,6 +107,7 @@ class Attention(nn.Module):
         bias: whether the four projections have one.
         rope_theta: base of the rotary embedding; None for no rotation.
         dropout: probability for the attention probabilities. dropout_site: see CounterDropout.
+        causal: see CoreAttention.
     """
 
     def __init__(
@@ -96,6 +121,7 @@ class Attention(nn.Module):
         rope_theta: float | None,
         dropout: float,
         dropout_site: int,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.head_dim, self.rope_theta = head_dim, rope_theta
@@ -103,7 +129,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.core = CoreAttention(dropout, dropout_site)
+        self.core = CoreAttention(dropout, dropout_site, causal)
 
     def forward(
         self, x: Tensor, position_ids: Tensor, mask: Tensor | None, keys: Tensor | None

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
+from megascale.data.corpus import TokenCorpus
+from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
+from megascale.data.loader import EvaluationLoader
+from megascale.data.protocol import IGNORE_LABEL
+from megascale.data.statistics import ngram_entropy
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
-from megascale.training.datasets import Corpora, RunData, open_gpt_data
-
-IGNORE = -100
+from megascale.training.datasets import (
+    Corpora,
+    RunData,
+    TokenRange,
+    open_run_data,
+    require_mode,
+)
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -50,6 +61,8 @@ class GPTModule(nn.Module):
         config: the model.
         seed: the run's seed, from which dropout masks follow.
     """
+
+    objectives = ("next_token",)
 
     def __init__(self, config: GPTConfig, seed: int) -> None:
         super().__init__()
@@ -85,9 +98,12 @@ class GPTModule(nn.Module):
         """Sum of the cross-entropies in nats, and their number (labels of -100 do not count)."""
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
         loss_sum = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            ignore_index=IGNORE_LABEL,
+            reduction="sum",
         )
-        return loss_sum, (labels != IGNORE).sum()
+        return loss_sum, (labels != IGNORE_LABEL).sum()
 
 
 class GPTTask:
@@ -117,7 +133,34 @@ class GPTTask:
 
     def open_data(self, corpora: Corpora) -> RunData:
         """See `Task.open_data`."""
-        return open_gpt_data(self._config, corpora)
+        isolate, seed = self._config.data.isolate_documents, self._config.run.seed
+
+        def training_set(corpus: TokenCorpus, part: TokenRange) -> GPTDataset:
+            require_mode(corpus, "gpt")
+            return GPTDataset(corpus, part, self._gpt.seq_length, seed, isolate)
+
+        return open_run_data(
+            self._config, corpora, training_set, partial(self.evaluation_set, corpora)
+        )
+
+    def evaluation_set(
+        self, corpora: Corpora, corpus: TokenCorpus, part: TokenRange
+    ) -> EvaluationDataset:
+        """See `Task.evaluation_set`."""
+        require_mode(corpus, "gpt")
+        isolate = self._config.data.isolate_documents
+        return EvaluationDataset(corpus, part, self._gpt.seq_length, isolate)
+
+    def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
+        """See `Task.byte_lengths`."""
+        return corpora.tokenizer.byte_lengths() if corpora.tokenizer else None
+
+    def baselines(self, corpora: Corpora, held_out: Iterable[EvaluationLoader]) -> dict[str, float]:
+        """Entropies of the training part, nats a token: what tables of counts could reach."""
+        corpus = corpora.corpora[0]
+        train = corpus.split(self._config.data.split, minimum_tokens=2)[0]
+        unigram, bigram = ngram_entropy(corpus, train)
+        return {"unigram_entropy": unigram, "bigram_entropy": bigram}
 
     def flops_per_sample(self) -> float:
         """See `Task.flops_per_sample`."""
