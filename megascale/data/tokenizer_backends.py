@@ -131,6 +131,8 @@ class FastTokenizer(Tokenizer):
             config["eos_token"] = self._eos_token
         if self.bert_tokens is not None:
             config |= {f"{role}_token": name for role, name in self.bert_tokens.names.items()}
+            if self.bert_tokens.names["cls"] == "[CLS]":  # transformers leaves token types out
+                config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         unknown = self._definition["model"].get("unk_token")
         if unknown is not None:
             config["unk_token"] = unknown

@@ -166,9 +166,99 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_last=2",
         ),
     ],
-    "not_built:model.family": [
+    "ignored:model.num_token_types": [
         Case(
-            "model.family=bert", "model.family", "model.family=gpt", "the bert family is not built"
+            "model.num_token_types=3",
+            "model.num_token_types",
+            "model.num_token_types=3 model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.masking": [
+        Case(
+            "data.masking=ngram",
+            "data.masking",
+            "data.masking=ngram model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.mask_probability": [
+        Case(
+            "data.mask_probability=0.2",
+            "data.mask_probability",
+            "data.mask_probability=0.2 model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.sentence_objective": [
+        Case(
+            "data.sentence_objective=sop",
+            "data.sentence_objective",
+            "data.sentence_objective=sop model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "only_gpt:model.num_kv_heads": [
+        Case(
+            "model.family=bert model.num_kv_heads=6",
+            "model.num_kv_heads",
+            "model.family=gpt model.num_kv_heads=6",
+            "gpt only",
+        ),
+    ],
+    "only_gpt:model.position_embedding": [
+        Case(
+            "model.family=bert model.position_embedding=rope",
+            "model.position_embedding",
+            "model.family=gpt model.position_embedding=rope",
+            "gpt only",
+        ),
+    ],
+    "only_gpt:model.norm": [
+        Case(
+            "model.family=bert model.norm=rmsnorm",
+            "model.norm",
+            "model.family=gpt model.norm=rmsnorm",
+            "gpt only",
+        ),
+    ],
+    "only_gpt:model.bias": [
+        Case(
+            "model.family=bert model.bias=false",
+            "model.bias",
+            "model.family=gpt model.bias=false",
+            "gpt only",
+        ),
+    ],
+    "only_gpt:model.tie_word_embeddings": [
+        Case(
+            "model.family=bert model.tie_word_embeddings=false",
+            "model.tie_word_embeddings",
+            "model.family=gpt model.tie_word_embeddings=false",
+            "gpt only",
+        ),
+    ],
+    "only_gpt:data.isolate_documents": [
+        Case(
+            "model.family=bert data.isolate_documents=true",
+            "data.isolate_documents",
+            "model.family=gpt data.isolate_documents=true",
+            "gpt only",
+        ),
+    ],
+    "bert_has_no_gate": [
+        Case(
+            "model.family=bert model.activation=swiglu",
+            "model.activation",
+            "model.family=bert model.activation=gelu",
+        ),
+    ],
+    "pairs_need_token_types": [
+        Case(
+            "model.family=bert model.num_token_types=1 data.sentence_objective=nsp",
+            "model.num_token_types",
+            "model.family=bert model.num_token_types=1 data.sentence_objective=none",
+            "two segments",
         ),
     ],
     "not_built:precision.dtype": [
