@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megascale.parallel.fragment import Fragment
+from megascale.parallel.tensor_parallel import Placement
 
 MicroBatch = Mapping[str, torch.Tensor]
 OptimizerBuilder = Callable[[Iterable[tuple[str, torch.Tensor]]], torch.optim.Optimizer]
@@ -72,6 +73,8 @@ class Engine(Evaluable, Protocol):
     The module's forward is that of `Task`: sums of the loss over its targets, and their numbers.
     """
 
+    placements: Mapping[str, Placement]
+
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
@@ -91,11 +94,11 @@ class Engine(Evaluable, Protocol):
         """Clip, update with learning rate `lr`, clear gradients."""
         ...
 
-    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """Live views of what this rank must save, by kind ("master", "grad", state keys).
 
-        Data that several ranks hold alike is yielded by one of them. "grad" is valid between
-        `forward_backward` and `step` only.
+        Data that several ranks hold alike is yielded by one of them, or with `replicas` by all.
+        "grad" is valid between `forward_backward` and `step` only.
         """
         ...
 

@@ -10,20 +10,32 @@ from megascale.models.bert import BERTConfig
 from megascale.models.norm import build_norm
 
 
+class TiedDecoder(nn.Module):
+    """``hidden @ tokens.T + bias``: owns the bias and is given the token embedding's weight."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """``hidden`` (..., D), ``tokens`` (V, D) -> logits (..., V)."""
+        return F.linear(hidden, tokens, self.bias)
+
+
 class MaskedLMHead(nn.Module):
-    """``norm(act(dense(hidden))) @ tokens.T + bias``; the token embedding is given at each call."""
+    """``decoder(norm(act(dense(hidden))))``; the token embedding is given at each call."""
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = build_norm("layernorm", config.hidden_size, config.norm_eps, bias=True)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = TiedDecoder(config.vocab_size)
         self._approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """``hidden`` (..., D), ``tokens`` (V, D), the embedding's weight -> logits (..., V)."""
         transformed = self.norm(F.gelu(self.dense(hidden), approximate=self._approximate))
-        return F.linear(transformed, tokens, self.bias)
+        return self.decoder(transformed, tokens)
 
 
 class SentenceHead(nn.Module):

@@ -13,9 +13,20 @@ from typing import Any
 
 import pytest
 
+from megascale.training.evaluation import evaluate
+from megascale.training.state import TrainState
 from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
-from tests.parity.harness import Record, merge, record_rank, relative, resume_rank, save_rank
+from tests.parity.harness import (
+    Record,
+    merge,
+    record_rank,
+    relative,
+    resume_rank,
+    run_steps,
+    save_rank,
+    set_up,
+)
 from tests.parity.test_engines import LAYOUTS, assert_same
 
 STEPS = 4
@@ -86,6 +97,55 @@ def test_masked_tokens_alone(pools: Pools, data: Path, reference: Record) -> Non
     assert any("sentence_head" in name for name in reference.weights)
     settings = settings_of(data, parallel__zero_stage=3, **alone)
     assert_same(record(pools, 2, settings), expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "engine", "stage", "mode"),
+    [(2, "torch", 0, "selective"), (4, "deepspeed", 1, "full")],
+)
+def test_tensor_parallel(
+    pools: Pools, data: Path, reference: Record, world: int, engine: str, stage: int, mode: str
+) -> None:
+    """Heads, inner width and vocabulary cut over two ranks; 75 rows are cut unevenly."""
+    settings = settings_of(
+        data,
+        parallel__engine=engine,
+        parallel__zero_stage=stage,
+        parallel__tensor_parallel_size=2,
+        parallel__activation_recomputation=mode,
+    )
+    assert_same(record(pools, world, settings), reference)
+
+
+def _metrics(settings: dict[str, Any]) -> dict[str, float]:
+    """Runs on every rank: metrics of one validation after some steps."""
+    setup = set_up(settings)
+    run_steps(setup, TrainState(), 12)
+    result = evaluate(setup.engine, setup.valid, setup.mesh, setup.parts.device)
+    setup.engine.close()
+    return {"loss": result.loss, "perplexity": result.perplexity, **result.metrics}
+
+
+def test_metrics_are_exact_in_every_layout(pools: Pools, data: Path) -> None:
+    """Ranks without samples, and a vocabulary that is cut, count nothing twice."""
+    learning = {"optimizer__lr": 0.01, "schedule__warmup_steps": 0, "model__dropout": 0.0}
+    expected = pools(1).run(_metrics, settings=settings_of(data, **learning))[0]
+    assert set(expected) == {
+        *("loss", "perplexity", "masked_lm_loss", "nsp_loss"),
+        *("masked_lm_accuracy", "nsp_accuracy"),
+    }
+    assert 0 < expected["masked_lm_accuracy"] < 1
+    assert 0 < expected["nsp_accuracy"] < 1
+    total = expected["masked_lm_loss"] + expected["nsp_loss"]
+    assert relative(expected["loss"], total) < 1e-12
+    assert relative(expected["perplexity"], math.exp(expected["masked_lm_loss"])) < 1e-12
+    cut = {"parallel__tensor_parallel_size": 2}
+    for world, changes in ((2, {"parallel__zero_stage": 3}), (2, cut), (4, {})):
+        settings = settings_of(data, parallel__engine="torch", **learning, **changes)
+        for found in pools(world).run(_metrics, settings=settings):
+            for name, value in expected.items():
+                exact = name.endswith("accuracy")
+                assert relative(found[name], value) < (1e-15 if exact else 1e-5), name
 
 
 def test_the_loss_is_the_sum_of_two_means(pools: Pools, data: Path, reference: Record) -> None:

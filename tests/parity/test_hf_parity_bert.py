@@ -83,7 +83,7 @@ def names(layers: int, sentence_head: bool) -> dict[str, str]:
         modules["cls.seq_relationship"] = "sentence_head.classifier"
     for theirs, ours in modules.items():
         table |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
-    return table | {"cls.predictions.bias": "head.bias"}
+    return table | {"cls.predictions.bias": "head.decoder.bias"}
 
 
 def build(shape: Shape, sentence_head: bool) -> tuple[nn.Module, BERTModule]:

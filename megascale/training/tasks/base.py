@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import nn
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
+from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
 
 
@@ -35,7 +36,11 @@ class Task(Protocol):
         """The repeated layers: what ZeRO-3 gathers and a pipeline cuts one by one."""
         ...
 
-    def initialize(self, module: nn.Module) -> None:
+    def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
+        """Cut the module over a tensor-parallel group; returns where each parameter lies."""
+        ...
+
+    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """Give every parameter its initial value, a function of (seed, parameter name)."""
         ...
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
@@ -23,6 +22,15 @@ from megascale.models.bert_heads import MaskedLMHead, SentenceHead
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import bert_flops_per_token
 from megascale.models.initialization import initialize
+from megascale.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
+from megascale.parallel.tensor_parallel import (
+    Placement,
+    Plan,
+    Rule,
+    TensorGroup,
+    interval,
+    parallelize,
+)
 from megascale.training.datasets import (
     Corpora,
     RunData,
@@ -30,6 +38,7 @@ from megascale.training.datasets import (
     open_run_data,
     require_mode,
 )
+from megascale.training.losses import whole_cross_entropy
 
 
 def bert_config(model: ModelConfig) -> BERTConfig:
@@ -71,6 +80,10 @@ class BERTModule(nn.Module):
         if sentence_objective != "none":
             self.sentence_head = SentenceHead(config)
             self.objectives += (sentence_objective,)
+        self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
+            whole_cross_entropy
+        )
+        self.most_likely: Callable[[torch.Tensor], torch.Tensor] = _argmax
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
 
     def logits(
@@ -115,19 +128,42 @@ class BERTModule(nn.Module):
         tokens, sentence = self.logits(
             input_ids, token_type_ids, attention_mask, sample_ids, chosen
         )
-        rows = [_measure(tokens, labels[chosen])]
+        targets = labels[chosen]
+        losses = [self.cross_entropy(tokens, targets)]
+        counts = [chosen.sum()]
         if sentence is not None:
             assert sentence_labels is not None
-            rows.append(_measure(sentence, sentence_labels))
-        sums, counts, correct = (torch.stack(column) for column in zip(*rows, strict=True))
-        return (sums, counts) if self.training else (sums, counts, correct)
+            losses.append(whole_cross_entropy(sentence, sentence_labels))
+            counts.append((sentence_labels != IGNORE_LABEL).sum())
+        sums, numbers = torch.stack(losses), torch.stack(counts)
+        if self.training:
+            return sums, numbers
+        correct = [(self.most_likely(tokens) == targets).sum()]
+        if sentence is not None:
+            assert sentence_labels is not None
+            correct.append((_argmax(sentence) == sentence_labels).sum())  # never equal to -100
+        return sums, numbers, torch.stack(correct)
 
 
-def _measure(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Loss sum, number of targets, number of correct ones; logits (N, C), labels (N,)."""
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
-    correct = logits.detach().argmax(dim=-1) == labels  # never true at -100
-    return loss, (labels != IGNORE_LABEL).sum(), correct.sum()
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1)
+
+
+def bert_plan(config: BERTConfig) -> Plan:
+    """How a BERT is cut (arXiv:1909.08053); what is not named stays whole."""
+    layer = "model.layers.*"
+    head = Rule("column", unit=config.head_dim)
+    return {
+        "model.embedding.tokens": Rule("vocab"),
+        f"{layer}.attention.query": head,
+        f"{layer}.attention.key": head,
+        f"{layer}.attention.value": head,
+        f"{layer}.attention.core.dropout": Rule("drop_heads"),
+        f"{layer}.attention.output": Rule("row", unit=config.head_dim),
+        f"{layer}.mlp.up": Rule("column"),
+        f"{layer}.mlp.down": Rule("row"),
+        "head.decoder": Rule("head"),
+    }
 
 
 class BERTTask:
@@ -147,9 +183,27 @@ class BERTTask:
         assert isinstance(module, BERTModule)
         return list(module.model.layers.values())
 
-    def initialize(self, module: nn.Module) -> None:
+    def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
+        """See `Task.parallelize`."""
+        assert isinstance(module, BERTModule)
+        first_id, _ = interval(
+            self._bert.vocab_size, 1, tensor.rank, tensor.size, "model.vocab_size"
+        )
+        module.cross_entropy = partial(
+            vocab_parallel_cross_entropy, first_id=first_id, group=tensor.group
+        )
+        module.most_likely = partial(vocab_parallel_argmax, first_id=first_id, group=tensor.group)
+        return parallelize(module, bert_plan(self._bert), tensor)
+
+    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
-        initialize(module, self._config.run.seed, init_std=self._bert.init_std, num_layers=None)
+        initialize(
+            module,
+            self._config.run.seed,
+            init_std=self._bert.init_std,
+            num_layers=None,
+            parts={name: (p.global_shape, p.box) for name, p in placements.items()},
+        )
 
     def open_data(self, corpora: Corpora) -> RunData:
         """See `Task.open_data`.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
@@ -21,6 +20,15 @@ from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
+from megascale.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megascale.parallel.tensor_parallel import (
+    Placement,
+    Plan,
+    Rule,
+    TensorGroup,
+    interval,
+    parallelize,
+)
 from megascale.training.datasets import (
     Corpora,
     RunData,
@@ -28,6 +36,7 @@ from megascale.training.datasets import (
     open_run_data,
     require_mode,
 )
+from megascale.training.losses import whole_cross_entropy
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -69,6 +78,9 @@ class GPTModule(nn.Module):
         self.seed = seed
         self.model = GPT(config)
         self.head = LMHead(config.hidden_size, config.vocab_size, config.tie_word_embeddings)
+        self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
+            whole_cross_entropy
+        )
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
 
     def logits(
@@ -97,13 +109,36 @@ class GPTModule(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropies in nats, and their number (labels of -100 do not count)."""
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
-        loss_sum = F.cross_entropy(
-            logits.float().flatten(0, 1),
-            labels.flatten(),
-            ignore_index=IGNORE_LABEL,
-            reduction="sum",
-        )
+        loss_sum = self.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return loss_sum, (labels != IGNORE_LABEL).sum()
+
+
+def gpt_plan(config: GPTConfig) -> Plan:
+    """How a GPT is cut (arXiv:1909.08053, arXiv:2205.05198); heads stay whole."""
+    layer = "model.layers.*"
+    head = Rule("column", unit=config.head_dim)
+    plan = {
+        "model.embedding.tokens": Rule("vocab"),
+        "model.embedding.dropout": Rule("drop_sequence"),
+        f"{layer}.attention_norm": Rule("sequence"),
+        f"{layer}.attention.query": head,
+        f"{layer}.attention.key": head,
+        f"{layer}.attention.value": head,
+        f"{layer}.attention.core.dropout": Rule("drop_heads"),
+        f"{layer}.attention.output": Rule("row", unit=config.head_dim),
+        f"{layer}.attention_dropout": Rule("drop_sequence"),
+        f"{layer}.mlp_norm": Rule("sequence"),
+        f"{layer}.mlp.up": Rule("column"),
+        f"{layer}.mlp.down": Rule("row"),
+        f"{layer}.mlp_dropout": Rule("drop_sequence"),
+        "model.final_norm": Rule("sequence"),
+        "head": Rule("head"),
+    }
+    if config.position_embedding == "learned":
+        plan["model.embedding.positions"] = Rule("positions")
+    if config.activation == "swiglu":
+        plan[f"{layer}.mlp.gate"] = Rule("column")
+    return plan
 
 
 class GPTTask:
@@ -122,13 +157,25 @@ class GPTTask:
         assert isinstance(module, GPTModule)
         return list(module.model.layers.values())
 
-    def initialize(self, module: nn.Module) -> None:
+    def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
+        """See `Task.parallelize`."""
+        assert isinstance(module, GPTModule)
+        first_id, _ = interval(
+            self._gpt.vocab_size, 1, tensor.rank, tensor.size, "model.vocab_size"
+        )
+        module.cross_entropy = partial(
+            vocab_parallel_cross_entropy, first_id=first_id, group=tensor.group
+        )
+        return parallelize(module, gpt_plan(self._gpt), tensor)
+
+    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
         initialize(
             module,
             self._config.run.seed,
             init_std=self._gpt.init_std,
             num_layers=self._gpt.num_layers,
+            parts={name: (p.global_shape, p.box) for name, p in placements.items()},
         )
 
     def open_data(self, corpora: Corpora) -> RunData:
