@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megascale.config.bert_checks import BERT_CHECKS
 from megascale.config.model_checks import MODEL_CHECKS
 from megascale.config.problems import Problem
 from megascale.config.rules import Check, divisors_near, neighbours
@@ -193,7 +194,6 @@ _IGNORED = (
 
 
 _NOT_BUILT = (
-    _not_built("model.family", ("gpt",), "the {} family is"),
     _not_built("precision.dtype", ("fp32", "bf16"), "{} training is"),
     _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
     _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
@@ -232,5 +232,6 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         stopping_needs_interval,
     ),
     *_IGNORED,
+    *BERT_CHECKS,
     *_NOT_BUILT,
 )

@@ -119,16 +119,16 @@ class DeepSpeedEngine:
             fragment.tensor.copy_(part)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         assert len(micro_batches) == self._num_micro_batches
         # DeepSpeed averages gradients over the data-parallel group.
-        scale = self._mesh.dp_size / total_targets
-        total = torch.zeros((), device=self._device)
+        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, _ = self._engine(**micro_batch)
-            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self._engine.backward((loss_sum * scale).sum(), scale_wrt_gas=False)
             total += loss_sum.detach().float()
             if index < len(micro_batches) - 1:
                 self._engine.step()  # counts the micro-step; updates nothing before the boundary
@@ -146,7 +146,7 @@ class DeepSpeedEngine:
             loss_scale=float(getattr(self._zero, "loss_scale", 1.0) or 1.0),
         )
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
         return self._engine(**micro_batch)
 

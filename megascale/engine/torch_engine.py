@@ -64,7 +64,7 @@ class TorchEngine:
         self._clear_gradients()
         return StepOutcome(grad_norm=norm, skipped=not finite, loss_scale=1.0)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
         return self.module(**micro_batch)
 
@@ -180,14 +180,15 @@ class ReplicatedEngine(TorchEngine):
         self._build_optimizer()
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
-        total = torch.zeros((), device=self._device)
+        divisors = total_targets.to(self._device, torch.float32)
+        total = torch.zeros_like(divisors)
         for index, micro_batch in enumerate(micro_batches):
             self._reducer.begin_backward(last=index == len(micro_batches) - 1)
             loss_sum, _ = self.module(**micro_batch)
-            (loss_sum / total_targets).backward()
+            (loss_sum / divisors).sum().backward()
             total += loss_sum.detach()
         self._reducer.finish()
         return total
@@ -258,14 +259,14 @@ class ShardedEngine(TorchEngine):
         self._build_optimizer()
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = self._mesh.dp_size / total_targets
-        total = torch.zeros((), device=self._device)
+        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             if self._stage < 3:
@@ -273,7 +274,7 @@ class ShardedEngine(TorchEngine):
             if self._stage == 1:
                 module.set_requires_gradient_sync(last)
             loss_sum, _ = module(**micro_batch)
-            (loss_sum * scale).backward()
+            (loss_sum * scale).sum().backward()
             total += loss_sum.detach()
         return total
 

@@ -31,7 +31,7 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 def initial_value(
-    name: str, shape: Sequence[int], seed: int, *, init_std: float, num_layers: int
+    name: str, shape: Sequence[int], seed: int, *, init_std: float, num_layers: int | None
 ) -> Tensor:
     """The initial value of one parameter: full tensor, fp32, CPU.
 
@@ -44,14 +44,15 @@ def initial_value(
         shape: global shape of the parameter.
         seed: the run's seed.
         init_std: standard deviation of matrices.
-        num_layers: layers of the whole model.
+        num_layers: layers of the whole model; None: the ends of residual branches are as wide as
+            the rest (BERT, whose norms come after the sums).
 
     Raises:
         ValueError: a vector that is neither a bias nor a norm's weight or offset.
     """
     if len(shape) >= 2:
         std = init_std
-        if name.endswith(_RESIDUAL_OUTPUTS):
+        if num_layers is not None and name.endswith(_RESIDUAL_OUTPUTS):
             std /= math.sqrt(2 * num_layers)
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         return torch.empty(*shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -71,7 +72,7 @@ def initialize(
     seed: int,
     *,
     init_std: float,
-    num_layers: int,
+    num_layers: int | None,
     prefix: str = "",
     parts: Mapping[str, Part] | None = None,
 ) -> None:

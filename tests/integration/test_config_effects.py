@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megascale.config.schema import leaf_fields
+from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
 from tests.integration.runs import make_dataset, make_tokenizer, settings
 
@@ -57,13 +58,19 @@ _LLAMA3 = {
     "model.rope_scaling_factor": 8.0,
     "model.rope_original_length": 64,
 }
+_BERT = {"model.family": "bert", "data.path": "{bert_data}"}
 _NOT_BUILT = "not built yet"
 
 ROWS = (
     Row("run.output_dir", "{folder}/elsewhere", ("files",)),
     Row("run.seed", 6, ("initial", "samples")),
     Row("run.device", "cuda", ("device",)),
-    Row("model.family", "bert", refused=_NOT_BUILT),
+    Row(
+        "model.family",
+        "bert",
+        ("shapes", "samples"),
+        {"data.path": "{bert_data}/shard_00000", "data.tokenizer": "{bert_data}/tokenizer"},
+    ),
     Row("model.num_layers", 1, ("shapes",)),
     Row("model.hidden_size", 32, ("shapes",)),
     Row("model.num_attention_heads", 4, ("losses", "grad_norms")),
@@ -110,6 +117,7 @@ ROWS = (
     Row("model.rope_low_freq_factor", 3.0, ("losses",), _LLAMA3),
     Row("model.rope_high_freq_factor", 20.0, ("losses",), _LLAMA3),
     Row("model.rope_original_length", 16, ("losses",), _LLAMA3),
+    Row("model.num_token_types", 3, ("shapes",), _BERT),
     Row("model.init_std", 0.1, ("initial", "losses")),
     Row("data.path", "{other}", ("samples",)),
     Row("data.split", [0.5, 0.5], ("validations", "samples")),
@@ -120,6 +128,11 @@ ROWS = (
         {"data.path": "{prefix}", "model.vocab_size": 270},
     ),
     Row("data.isolate_documents", True, ("samples", "losses")),
+    Row("data.masking", "whole_word", ("samples", "losses"), _BERT),
+    Row("data.masking", "ngram", ("samples", "losses"), _BERT),
+    Row("data.mask_probability", 0.5, ("samples", "losses"), _BERT),
+    Row("data.sentence_objective", "nsp", ("shapes", "samples", "losses"), _BERT),
+    Row("data.sentence_objective", "sop", ("shapes", "samples", "losses"), _BERT),
     Row("train.global_batch_size", 8, ("samples", "samples_seen")),
     Row("train.micro_batch_size", 4, ("micro_batches",)),
     Row("train.max_steps", 2, ("losses", "checkpoints")),
@@ -285,11 +298,13 @@ class Observer:
 def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer:
     root = tmp_path_factory.mktemp("effects")
     (root / "other").mkdir()
+    (root / "bert").mkdir()
     tokenizer = make_tokenizer(root)
     data = make_dataset(root, tokenizer)
     names = {
         "data": str(data),
         "other": str(make_dataset(root / "other", tokenizer, shift=3)),
+        "bert_data": str(make_bert_dataset(root / "bert")),
         "prefix": str(data / "shard_00000"),
         "tokenizer": str(tokenizer),
     }

@@ -51,9 +51,10 @@ class TensorBoardCallback(Callback):
                     self._writer.add_scalar(tag, value, result.step)
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
-        """Add the validation loss."""
+        """Add the validation loss and the task's own metrics."""
         if self._writer is not None:
-            self._writer.add_scalar(f"{split}/loss", result.loss, trainer.state.step)
+            for name, value in {"loss": result.loss, **result.metrics}.items():
+                self._writer.add_scalar(f"{split}/{name}", value, trainer.state.step)
 
     def close(self) -> None:
         """Flush and close."""

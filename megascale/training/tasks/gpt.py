@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
+from megascale.data.corpus import TokenCorpus
+from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
+from megascale.data.loader import EvaluationLoader
+from megascale.data.protocol import IGNORE_LABEL
+from megascale.data.statistics import ngram_entropy
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
@@ -24,9 +29,14 @@ from megascale.parallel.tensor_parallel import (
     interval,
     parallelize,
 )
-from megascale.training.datasets import Corpora, RunData, open_gpt_data
-
-IGNORE = -100
+from megascale.training.datasets import (
+    Corpora,
+    RunData,
+    TokenRange,
+    open_run_data,
+    require_mode,
+)
+from megascale.training.losses import whole_cross_entropy
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -82,6 +92,8 @@ class GPTModule(nn.Module):
         seed: the run's seed, from which dropout masks follow.
     """
 
+    objectives = ("next_token",)
+
     def __init__(self, config: GPTConfig, seed: int) -> None:
         super().__init__()
         self.seed = seed
@@ -121,12 +133,7 @@ class GPTModule(nn.Module):
         """Sum of the cross-entropies in nats, and their number (labels of -100 do not count)."""
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
         loss_sum = self.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return loss_sum, (labels != IGNORE).sum()
-
-
-def whole_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of (N, V) logits, in fp32 nats; labels of -100 do not count."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+        return loss_sum, (labels != IGNORE_LABEL).sum()
 
 
 def gpt_plan(config: GPTConfig) -> Plan:
@@ -202,7 +209,34 @@ class GPTTask:
 
     def open_data(self, corpora: Corpora) -> RunData:
         """See `Task.open_data`."""
-        return open_gpt_data(self._config, corpora)
+        isolate, seed = self._config.data.isolate_documents, self._config.run.seed
+
+        def training_set(corpus: TokenCorpus, part: TokenRange) -> GPTDataset:
+            require_mode(corpus, "gpt")
+            return GPTDataset(corpus, part, self._gpt.seq_length, seed, isolate)
+
+        return open_run_data(
+            self._config, corpora, training_set, partial(self.evaluation_set, corpora)
+        )
+
+    def evaluation_set(
+        self, corpora: Corpora, corpus: TokenCorpus, part: TokenRange
+    ) -> EvaluationDataset:
+        """See `Task.evaluation_set`."""
+        require_mode(corpus, "gpt")
+        isolate = self._config.data.isolate_documents
+        return EvaluationDataset(corpus, part, self._gpt.seq_length, isolate)
+
+    def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
+        """See `Task.byte_lengths`."""
+        return corpora.tokenizer.byte_lengths() if corpora.tokenizer else None
+
+    def baselines(self, corpora: Corpora, held_out: Iterable[EvaluationLoader]) -> dict[str, float]:
+        """Entropies of the training part, nats a token: what tables of counts could reach."""
+        corpus = corpora.corpora[0]
+        train = corpus.split(self._config.data.split, minimum_tokens=2)[0]
+        unigram, bigram = ngram_entropy(corpus, train)
+        return {"unigram_entropy": unigram, "bigram_entropy": bigram}
 
     def flops_per_sample(self) -> float:
         """See `Task.flops_per_sample`."""
