@@ -115,7 +115,9 @@ CASES = (
     neox(2, 14, 2, 4, 8),
     neox(1, 31, 3, 3, 12, rotary_pct=0.5, use_parallel_residual=False),
     neox(3, 9, 1, 2, 6, rotary_pct=1.0, hidden_act="gelu_new", attention_bias=False),
-    llama_style("gemma2", 2, 19, 2, 4, 2, 6, head_dim=10, sliding_window=6, query_pre_attn_scalar=7),
+    llama_style(
+        "gemma2", 2, 19, 2, 4, 2, 6, head_dim=10, sliding_window=6, query_pre_attn_scalar=7
+    ),
     llama_style("gemma2", 1, 33, 3, 2, 1, 8, head_dim=8, sliding_window=9),
     llama_style(
         "gemma3_text",
