@@ -16,7 +16,7 @@ from megascale.checkpoint.writer import RNG_KEY
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, global_runs
 
-_CHUNK = 16 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
 
 
 class CheckpointReader:

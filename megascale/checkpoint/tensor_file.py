@@ -33,7 +33,7 @@ _DTYPES = {
 }
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
-_CHUNK = 16 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,14 @@ class TensorFile:
         self._stream.seek(entry.begin + start * out.element_size())
         filled = 0
         while filled < len(buffer):
-            block = self._stream.read(min(_CHUNK, len(buffer) - filled))
-            if not block:
+            got = self._stream.readinto(buffer[filled : filled + _CHUNK])  # type: ignore[attr-defined]
+            if not got:
                 raise UserError(
                     f"{self._name} ends in the middle of {key!r}",
                     rule="a checkpoint's files must be whole",
                     remedy="use another checkpoint; this one is truncated",
                 )
-            buffer[filled : filled + len(block)] = block
-            filled += len(block)
+            filled += got
         return out
 
     def close(self) -> None:

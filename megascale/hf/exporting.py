@@ -131,8 +131,7 @@ def _stream(
                 yield block.to(dtype)
             return
         parts = [
-            torch.cat(list(_blocks(reader, name, shape))).view(shape)
-            for name, shape in zip(entry.ours, ours, strict=True)
+            _whole(reader, name, shape) for name, shape in zip(entry.ours, ours, strict=True)
         ]
         yield entry.layout.merge(parts, heads).to(dtype)
 
@@ -140,12 +139,22 @@ def _stream(
 
 
 def _blocks(reader: CheckpointReader, name: str, shape: Shape) -> Iterator[torch.Tensor]:
-    """A parameter's elements in order, fp32, a block at a time."""
+    """A parameter's elements in order, fp32; each block takes the place of the one before."""
     total = torch.Size(shape).numel()
+    buffer = torch.empty(min(BLOCK_ELEMENTS, total))
     for start in range(0, total, BLOCK_ELEMENTS):
-        block = torch.empty(min(BLOCK_ELEMENTS, total - start))
+        block = buffer[: total - start]
         reader.fill(Fragment(name, "master", shape, whole_box(shape), start, block))
         yield block
+
+
+def _whole(reader: CheckpointReader, name: str, shape: Shape) -> torch.Tensor:
+    """A parameter, fp32."""
+    tensor = torch.empty(shape)
+    for index, block in enumerate(tensor.view(-1).split(BLOCK_ELEMENTS)):
+        start = index * BLOCK_ELEMENTS
+        reader.fill(Fragment(name, "master", shape, whole_box(shape), start, block))
+    return tensor
 
 
 def _write_shards(

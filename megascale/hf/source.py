@@ -12,7 +12,7 @@ from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorFile
 from megascale.errors import UserError
 
-BLOCK_ELEMENTS = 4 * 1024 * 1024
+BLOCK_ELEMENTS = 1024 * 1024
 """Elements that are in memory at once of a tensor that is copied as it is."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
