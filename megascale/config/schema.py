@@ -11,70 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
-MAX_COUNT = 2**31 - 1
-"""Largest count or size: it fits the 32-bit integers of the file formats."""
-
-
-def _to_tuple(value: Any) -> Any:
-    """YAML knows lists only; the frozen tree holds tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _to_pair(value: Any) -> Any:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise PydanticCustomError("pair", "must be a list of exactly two numbers")
-    return tuple(value)
-
-
-def _text(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("text", "must not be empty")
-    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise PydanticCustomError("text", "must be valid UTF-8 without NUL characters")
-    return value
-
-
-def _sums_to_one(fractions: tuple[float, ...]) -> tuple[float, ...]:
-    total = sum(fractions)
-    if abs(total - 1.0) > 1e-6:
-        raise PydanticCustomError(
-            "split_sum", "the fractions must sum to 1; these sum to {total}", {"total": total}
-        )
-    return fractions
-
-
-def _path_form(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "<one>"
-    return "<blend>" if isinstance(value, (list, tuple)) else None
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Pair = Annotated[tuple[Rate, Rate], BeforeValidator(_to_pair)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Split = Annotated[
-    tuple[Fraction, ...],
-    Field(min_length=1, max_length=3),
-    BeforeValidator(_to_tuple),
-    AfterValidator(_sums_to_one),
-]
+from megascale.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NamedPaths,
+    NonNegative,
+    Pair,
+    Positive,
+    Rate,
+    Split,
+    Text,
+    Texts,
+    path_form,
+    to_tuple,
+)
 
 
 class Section(BaseModel):
@@ -180,10 +134,10 @@ class WeightedPath(Section):
 DataPath = Annotated[
     Annotated[Text, Tag("<one>")]
     | Annotated[
-        tuple[WeightedPath, ...], Field(min_length=1), BeforeValidator(_to_tuple), Tag("<blend>")
+        tuple[WeightedPath, ...], Field(min_length=1), BeforeValidator(to_tuple), Tag("<blend>")
     ],
     Discriminator(
-        _path_form,
+        path_form,
         custom_error_type="data_path",
         custom_error_message="must be a path or a list of {path, weight}",
     ),
@@ -202,6 +156,8 @@ class DataConfig(Section):
     dataset's own."""
     isolate_documents: bool = False
     """Whether attention and positions stop at document boundaries inside a sample."""
+    validation: NamedPaths = {}
+    """More validation sets, name to path of a prepared dataset; each is evaluated whole."""
 
     @property
     def weighted_paths(self) -> tuple[WeightedPath, ...]:
@@ -212,12 +168,28 @@ class DataConfig(Section):
 
     @property
     def has_validation(self) -> bool:
-        """Whether the split has a validation part."""
-        return len(self.split) > 1
+        """Whether there is anything to validate on."""
+        return bool(self.validation_names)
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """The validation sets; stopping and keeping the best look at the first of them."""
+        return (*(("valid",) if len(self.split) > 1 else ()), *self.validation)
+
+
+class BatchSizeRamp(Section):
+    """A global batch size that grows over the first samples of a run."""
+
+    start: Count
+    """Samples of the first steps."""
+    increment: Count
+    """Samples by which a step grows at a time, up to global_batch_size."""
+    samples: Count
+    """Samples after which global_batch_size is reached."""
 
 
 class TrainConfig(Section):
-    """How much is trained, in which portions."""
+    """How much is trained, in which portions, by which loss."""
 
     global_batch_size: Count = 32
     """Samples of one optimizer step, over all ranks."""
@@ -225,21 +197,32 @@ class TrainConfig(Section):
     """Samples of one forward-backward pass on one rank."""
     max_steps: Count = 1000
     """Length of the run, in optimizer steps."""
+    batch_size_ramp: BatchSizeRamp | None = None
+    """Growth of the batch to global_batch_size, {start, increment, samples}; null: none."""
+    label_smoothing: Rate = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary."""
+    z_loss: NonNegative = 0.0
+    """Coefficient of log(Z)^2 of each target, Z the softmax's normaliser; 0: without."""
+    ema_decay: Rate | None = None
+    """Decay per update of an average of the weights kept beside them; null: none."""
 
 
 class OptimizerConfig(Section):
     """The update rule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer: AdamW, or SGD with momentum."""
+    name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
+    """Update rule; muon is Muon for the matrices inside layers and AdamW for the rest."""
     lr: Positive = 3e-4
     """Peak learning rate, per optimizer step."""
+    layer_lr_decay: Fraction = 1.0
+    """Factor of the learning rate from each layer to the one below it, for fine-tuning."""
     betas: Pair = (0.9, 0.95)
-    """Decay rates per step of AdamW's first and second moment."""
+    """Decay rates per step of the first and second moment (adamw, lamb, muon), or of lion's
+    update and momentum."""
     eps: Positive = 1e-8
-    """Added to AdamW's root of the second moment."""
+    """Added to the root of the second moment (adamw, lamb, muon)."""
     momentum: Rate = 0.9
-    """Decay rate per step of SGD's momentum."""
+    """Decay rate per step of the momentum (sgd, muon)."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay, times the learning rate, per step."""
     grad_clip: NonNegative = 1.0
@@ -265,6 +248,16 @@ class PrecisionConfig(Section):
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of forward and backward; the optimizer always keeps fp32 master weights."""
+    loss_scale: NonNegative = 0.0
+    """Factor of the loss in fp16; 0: dynamic, halved at overflows and doubled in between."""
+    initial_loss_scale_power: Annotated[int, Field(ge=0, le=60)] = 16
+    """The dynamic loss scale starts at 2 to this power."""
+    loss_scale_window: Count = 1000
+    """Steps without overflow after which the dynamic loss scale is doubled."""
+    hysteresis: Count = 2
+    """Overflows until the dynamic loss scale is halved, counted anew at each doubling."""
+    min_loss_scale: Positive = 1.0
+    """The dynamic loss scale is never halved below it; an overflow there ends the run."""
 
 
 class ParallelConfig(Section):
@@ -275,6 +268,10 @@ class ParallelConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """What data-parallel ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
     too."""
+    offload_optimizer: bool = False
+    """Whether optimizer state and fp32 weights live in host memory (ZeRO stages 1 to 3)."""
+    offload_parameters: bool = False
+    """Whether the divided weights live in host memory (ZeRO stage 3)."""
     tensor_parallel_size: Count = 1
     """Ranks that share every matrix of a layer."""
     sequence_parallel: bool = False
@@ -302,7 +299,11 @@ class EvaluationConfig(Section):
     interval: CountOrZero = 0
     """Steps between two validations; 0: only at the end of the run."""
     max_samples: Count | None = None
-    """Validation samples of one validation; null: the whole split."""
+    """Samples of each validation set in one validation; null: all."""
+    prompts: Texts = ()
+    """Texts that the model continues at each validation, into samples.jsonl."""
+    sample_tokens: Count = 50
+    """Length of each continuation, in tokens."""
     early_stop_patience: Count | None = None
     """Validations without improvement after which the run stops; null: never."""
     early_stop_min_delta: NonNegative = 0.0
@@ -318,6 +319,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0: only at the end of the run."""
     keep_last: Count | None = None
     """Number of newest checkpoints that are kept; null: all."""
+    keep_best: Text | None = None
+    """Metric of a validation, such as valid_loss, whose best checkpoint is saved and kept."""
 
 
 class LoggingConfig(Section):

@@ -14,6 +14,7 @@ from megascale.checkpoint.manager import CheckpointManager
 from megascale.cli.config import all_checks
 from megascale.config.load import load_config
 from megascale.config.schema import Config
+from megascale.data.batch_size import batch_size_schedule
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
 from megascale.parallel.mesh import ParallelMesh, build_mesh
@@ -100,7 +101,7 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
     train = config.train
     loader = BatchLoader(
         data.train,
-        train.global_batch_size,
+        batch_size_schedule(config.train),
         train.micro_batch_size,
         mesh.dp_rank,
         mesh.dp_size,
@@ -112,7 +113,6 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
         schedule=build_schedule(config),
         mesh=mesh,
         device=cpu,
-        global_batch_size=train.global_batch_size,
         tokens_per_sample=task.tokens_per_sample(),
     )
     valid = evaluation_loaders(data.held_out["valid"], train.micro_batch_size, mesh)

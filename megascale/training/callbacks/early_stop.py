@@ -13,6 +13,7 @@ class EarlyStopCallback(Callback):
     """Stops when the validation loss stops falling, or when it reaches a target.
 
     Args:
+        watched: name of the validation set that decides.
         patience: validations without improvement before the run ends; None: never.
         min_delta: decrease that counts as improvement, nats per token.
         target_loss: loss at which the run ends; None: never.
@@ -20,7 +21,14 @@ class EarlyStopCallback(Callback):
 
     name = "early_stop"
 
-    def __init__(self, patience: int | None, min_delta: float, target_loss: float | None) -> None:
+    def __init__(
+        self,
+        watched: str,
+        patience: int | None,
+        min_delta: float,
+        target_loss: float | None,
+    ) -> None:
+        self._watched = watched
         self._patience = patience
         self._min_delta = min_delta
         self._target = target_loss
@@ -29,6 +37,8 @@ class EarlyStopCallback(Callback):
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """The loss is the same on every rank, so all ranks decide alike."""
+        if split != self._watched:
+            return
         if self._best is None or result.loss < self._best - self._min_delta:
             self._best, self._without_improvement = result.loss, 0
         else:

@@ -14,6 +14,7 @@ _TAGS = {
     "loss": "train/loss",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
+    "global_batch_size": "train/global_batch_size",
     "loss_scale": "train/loss_scale",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
@@ -48,9 +49,10 @@ class TensorBoardCallback(Callback):
                 self._writer.add_scalar(tag, value, result.step)
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
-        """Add the validation loss."""
+        """Add the validation's loss and perplexity."""
         if self._writer is not None:
             self._writer.add_scalar(f"{split}/loss", result.loss, trainer.state.step)
+            self._writer.add_scalar(f"{split}/perplexity", result.perplexity, trainer.state.step)
 
     def close(self) -> None:
         """Flush and close."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
@@ -15,6 +14,7 @@ from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
 from megascale.training.datasets import Corpora, RunData, open_gpt_data
+from megascale.training.losses import TokenLoss
 
 IGNORE = -100
 
@@ -49,11 +49,13 @@ class GPTModule(nn.Module):
     Args:
         config: the model.
         seed: the run's seed, from which dropout masks follow.
+        loss: what is minimised.
     """
 
-    def __init__(self, config: GPTConfig, seed: int) -> None:
+    def __init__(self, config: GPTConfig, seed: int, loss: TokenLoss | None = None) -> None:
         super().__init__()
         self.seed = seed
+        self.loss = loss or TokenLoss()
         self.model = GPT(config)
         self.head = LMHead(config.hidden_size, config.vocab_size, config.tie_word_embeddings)
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
@@ -77,16 +79,20 @@ class GPTModule(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the cross-entropies in nats, and their number (labels of -100 do not count)."""
+        """Sum of the losses in nats, and their number (labels of -100 do not count).
+
+        Without labels: the logits (B, T, V), and 0. Under ZeRO-3 an engine's forward is the only
+        way to them, since it is what gathers the weights.
+        """
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
-        loss_sum = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        if labels is None:
+            return logits, torch.zeros((), device=logits.device)
+        loss_sum = self.loss(logits, labels, training=self.training)
         return loss_sum, (labels != IGNORE).sum()
 
 
@@ -99,7 +105,9 @@ class GPTTask:
 
     def build_module(self) -> GPTModule:
         """See `Task.build_module`."""
-        return GPTModule(self._gpt, self._config.run.seed)
+        train = self._config.train
+        loss = TokenLoss(train.label_smoothing, train.z_loss)
+        return GPTModule(self._gpt, self._config.run.seed, loss)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         """See `Task.blocks`."""

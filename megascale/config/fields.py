@@ -1,0 +1,79 @@
+"""The kinds of values that settings have: annotated types with their bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+MAX_COUNT = 2**31 - 1
+"""Largest count or size: it fits the 32-bit integers of the file formats."""
+
+
+def to_tuple(value: Any) -> Any:
+    """YAML knows lists only; the frozen tree holds tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _to_pair(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise PydanticCustomError("pair", "must be a list of exactly two numbers")
+    return tuple(value)
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("text", "must not be empty")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise PydanticCustomError("text", "must be valid UTF-8 without NUL characters")
+    return value
+
+
+def _sums_to_one(fractions: tuple[float, ...]) -> tuple[float, ...]:
+    total = sum(fractions)
+    if abs(total - 1.0) > 1e-6:
+        raise PydanticCustomError(
+            "split_sum", "the fractions must sum to 1; these sum to {total}", {"total": total}
+        )
+    return fractions
+
+
+def path_form(value: Any) -> str | None:
+    """Which form data.path has: one path or a blend of several."""
+    if isinstance(value, str):
+        return "<one>"
+    return "<blend>" if isinstance(value, (list, tuple)) else None
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Pair = Annotated[tuple[Rate, Rate], BeforeValidator(_to_pair)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Split = Annotated[
+    tuple[Fraction, ...],
+    Field(min_length=1, max_length=3),
+    BeforeValidator(to_tuple),
+    AfterValidator(_sums_to_one),
+]
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(to_tuple)]
+
+
+def _distinct_names(named: dict[str, str]) -> dict[str, str]:
+    taken = sorted({"train", "valid", "test"} & set(named))
+    if taken:
+        raise PydanticCustomError(
+            "named_paths", "{name} is the name of a part of data.split", {"name": taken[0]}
+        )
+    return named
+
+
+NamedPaths = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Text],
+    AfterValidator(_distinct_names),
+]
