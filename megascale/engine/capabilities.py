@@ -63,7 +63,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "optimizer.name",
         lambda config: config.optimizer.name in _PER_TENSOR,
         "LAMB, Adafactor and Muon look at whole tensors, DeepSpeed shows them flat shards of many "
-        "(a trust ratio over those: loss 63 % off in stages 1 and 2, NaN in stage 3, silently)",
+        "(trust ratios of those: loss 11 % to 63 % off in stage 1, NaN in stage 3, silently)",
     ),
     Refusal(
         "deepspeed",
@@ -76,7 +76,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "optimizer.name",
         lambda config: config.optimizer.name in _WHOLE_MATRIX and config.parallel.zero_stage > 0,
         "Adafactor's factors and Muon's orthogonalisation are those of a whole matrix, a shard "
-        "holds some of its rows; use parallel.zero_stage=0",
+        "holds some of its rows (updates 2 % and 20 % off on 2 ranks); use parallel.zero_stage=0",
     ),
     Refusal(
         "torch",
