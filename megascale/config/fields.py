@@ -25,6 +25,10 @@ def _to_pair(value: Any) -> Any:
 def _text(value: str) -> str:
     if not value.strip():
         raise PydanticCustomError("text", "must not be empty")
+    return _unicode(value)
+
+
+def _unicode(value: str) -> str:
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise PydanticCustomError("text", "must be valid UTF-8 without NUL characters")
     return value
@@ -61,7 +65,9 @@ Split = Annotated[
     AfterValidator(_sums_to_one),
 ]
 
-Texts = Annotated[tuple[Text, ...], BeforeValidator(to_tuple)]
+Texts = Annotated[
+    tuple[Annotated[str, AfterValidator(_unicode)], ...], BeforeValidator(to_tuple)
+]
 
 
 def _distinct_names(named: dict[str, str]) -> dict[str, str]:

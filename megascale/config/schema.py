@@ -301,7 +301,8 @@ class EvaluationConfig(Section):
     max_samples: Count | None = None
     """Samples of each validation set in one validation; null: all."""
     prompts: Texts = ()
-    """Texts that the model continues at each validation, into samples.jsonl."""
+    """Texts (or "", a new document) that the model continues at each validation, into
+    samples.jsonl."""
     sample_tokens: Count = 50
     """Length of each continuation, in tokens."""
     early_stop_patience: Count | None = None

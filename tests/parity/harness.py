@@ -193,14 +193,19 @@ def merge(ranks: list[dict[str, Any]]) -> Record:
     return Record(
         losses=ranks[0]["losses"],
         norms=ranks[0]["norms"],
-        gradients=[_full([piece for r in ranks for piece in r["gradients"][s]]) for s in steps],
-        weights=_full([piece for r in ranks for piece in r["weights"]]),
+        gradients=[
+            full_tensors([piece for r in ranks for piece in r["gradients"][s]]) for s in steps
+        ],
+        weights=full_tensors([piece for r in ranks for piece in r["weights"]]),
         sample_ids=[[i for r in ranks for i in r["sample_ids"][s]] for s in steps],
         valid=ranks[0]["valid"],
     )
 
 
-def _full(pieces: list[tuple[str, tuple[int, ...], int, np.ndarray]]) -> dict[str, np.ndarray]:
+def full_tensors(
+    pieces: list[tuple[str, tuple[int, ...], int, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Whole tensors from flat pieces; every element must be there exactly once."""
     tensors: dict[str, np.ndarray] = {}
     covered: dict[str, np.ndarray] = {}
     for name, shape, start, values in pieces:

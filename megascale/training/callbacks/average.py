@@ -50,9 +50,9 @@ class WeightAverageCallback(Callback):
         """Move the average towards the new weights; a skipped step has none."""
         if result.skipped:
             return
-        averages = [fragment.tensor for fragment in self._averages]
-        weights = [fragment.tensor for fragment in self._masters()]
-        torch._foreach_lerp_(averages, weights, 1.0 - self._decay)
+        with torch.no_grad():
+            for average, weights in zip(self._averages, self._masters(), strict=True):
+                average.tensor.lerp_(weights.tensor, 1.0 - self._decay)
 
     def fragments(self) -> Iterator[Fragment]:
         """The average, as fragments of the kind "ema"."""
