@@ -245,6 +245,12 @@ def _among(*values: str) -> Callable[[object], bool]:
 
 _IGNORED = (
     _ignored(
+        "parallel.sequence_parallel",
+        "parallel.tensor_parallel_size",
+        lambda size: size != 1,
+        "several ranks share a layer",
+    ),
+    _ignored(
         "model.rope_theta", "model.position_embedding", _among("rope"), "positions are rotary"
     ),
     _ignored(
@@ -312,8 +318,6 @@ def _not_built(path: str, built: tuple[object, ...], part: str) -> Check:
 
 _NOT_BUILT = (
     _not_built("model.family", ("gpt",), "the {} family is"),
-    _not_built("parallel.tensor_parallel_size", (1,), "tensor parallelism is"),
-    _not_built("parallel.sequence_parallel", (False,), "sequence parallelism is"),
     _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
     _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
     _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),

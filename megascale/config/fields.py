@@ -65,9 +65,7 @@ Split = Annotated[
     AfterValidator(_sums_to_one),
 ]
 
-Texts = Annotated[
-    tuple[Annotated[str, AfterValidator(_unicode)], ...], BeforeValidator(to_tuple)
-]
+Texts = Annotated[tuple[Annotated[str, AfterValidator(_unicode)], ...], BeforeValidator(to_tuple)]
 
 
 def _distinct_names(named: dict[str, str]) -> dict[str, str]:

@@ -286,6 +286,9 @@ class ParallelConfig(Section):
     """Order of the forward and backward passes of a pipeline."""
     context_parallel_size: Count = 1
     """Ranks that share the tokens of a sample."""
+    activation_recomputation: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping: nothing, the attention scores, or whole
+    layers."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -100,7 +100,7 @@ class EvaluationLoader:
         dataset: the samples, each given to exactly one rank.
         micro_batch_size: rows of each batch.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
-        max_samples: stop after so many samples; None for all.
+        max_samples: take only so many samples, spread evenly over the dataset; None for all.
     """
 
     def __init__(
@@ -126,10 +126,12 @@ class EvaluationLoader:
             first = (number * self._dp_size + self._dp_rank) * size
             ids = np.arange(first, first + size, dtype=np.int64)
             padding = ids >= self.num_samples
-            # Padding rows repeat sample 0 for its valid ids and shapes.
-            arrays = self._dataset.batch(np.where(padding, 0, ids))
+            # Padding rows repeat sample 0 for its valid ids and shapes. A part of the samples is
+            # spread evenly over all: neighbours come from few documents.
+            spread = ids * len(self._dataset) // self.num_samples
+            arrays = self._dataset.batch(np.where(padding, 0, spread))
             arrays["labels"][padding] = IGNORE_LABEL
-            yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, ids))
+            yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, spread))
 
 
 def count_microbatches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from megascale.engine.loss_scaler import LossScaling
 from megascale.engine.protocol import Engine, OptimizerRecipe
 from megascale.engine.torch_engine import ReplicatedEngine, ShardedEngine
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.tensor_parallel import Placement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,6 +24,7 @@ def build_engine(
     blocks: Sequence[nn.Module],
     recipe: OptimizerRecipe,
     mesh: ParallelMesh,
+    placements: Mapping[str, Placement],
 ) -> Engine:
     """Hand the initialised module to the engine of `config`.
 
@@ -32,6 +34,7 @@ def build_engine(
         blocks: its repeated layers, the units that ZeRO-3 gathers one by one.
         recipe: how to build the optimizer.
         mesh: who is where.
+        placements: where each parameter lies in its global tensor.
 
     Raises:
         UserError: no engine, or not the one asked for, runs this config on this device.
@@ -50,6 +53,7 @@ def build_engine(
             module,
             recipe,
             mesh,
+            placements,
             dtype=dtype,
             stage=stage,
             micro_batch_size=micro,
@@ -59,8 +63,8 @@ def build_engine(
             offload=Offload(config.parallel.offload_optimizer, config.parallel.offload_parameters),
         )
     if stage == 0:
-        return ReplicatedEngine(module, recipe, mesh, dtype, scaling)
-    return ShardedEngine(module, recipe, mesh, dtype, scaling, stage, blocks)
+        return ReplicatedEngine(module, recipe, mesh, placements, dtype, scaling)
+    return ShardedEngine(module, recipe, mesh, placements, dtype, scaling, stage, blocks)
 
 
 def loss_scaling(config: Config) -> LossScaling:

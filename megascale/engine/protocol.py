@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from megascale.parallel.fragment import Fragment
+from megascale.parallel.tensor_parallel import Placement
 
 MicroBatch = Mapping[str, torch.Tensor]
-SumOverShards = Callable[[torch.Tensor], torch.Tensor]
+SumOverShards = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 
 
 class OptimizerBuilder(Protocol):
@@ -29,8 +30,9 @@ class OptimizerBuilder(Protocol):
         Args:
             named: what the optimizer steps on: fp32 masters or their local shards (possibly
                 empty), under the model's names, the same names in the same order on every rank.
-            sum_over_shards: sums a tensor over the ranks that hold the shards; None where the
-                tensors are no shards of single parameters.
+            sum_over_shards: (values, tensors) -> values summed over the ranks that hold parts
+                of these parameters; the last dim of `values` runs over `tensors`. None where
+                the tensors are no shards of single parameters.
         """
         ...
 
@@ -100,6 +102,7 @@ class Engine(Evaluable, Protocol):
     """
 
     module: nn.Module
+    placements: Mapping[str, Placement]
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: float
@@ -119,11 +122,11 @@ class Engine(Evaluable, Protocol):
         """Clip, update with learning rate `lr`, clear gradients."""
         ...
 
-    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """Live views of what this rank must save, by kind ("master", "grad", state keys).
 
-        Data that several ranks hold alike is yielded by one of them. "grad" is valid between
-        `forward_backward` and `step` only.
+        Data that several ranks hold alike is yielded by one of them, or with `replicas` by all.
+        "grad" is valid between `forward_backward` and `step` only.
         """
         ...
 

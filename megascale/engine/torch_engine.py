@@ -22,6 +22,7 @@ from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.gradient_norm import clip_, global_norm
 from megascale.parallel.gradient_reducer import GradientReducer
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.tensor_parallel import Placement
 
 
 class TorchEngine:
@@ -36,9 +37,11 @@ class TorchEngine:
         module: nn.Module,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
         scaling: LossScaling,
     ) -> None:
         self.module = module
+        self.placements = placements
         self._recipe = recipe
         self._mesh = mesh
         self._scaler = LossScaler(scaling)
@@ -60,7 +63,8 @@ class TorchEngine:
         The norm is summed over all ranks, so that they find an overflow anywhere alike.
         """
         gradients = self._gradients()
-        norm = global_norm(list(gradients.values()), self._device, self._norm_group())
+        counted = [grad for name, grad in gradients.items() if self._is_counted(name)]
+        norm = global_norm(counted, self._device, self._norm_groups())
         scale = self._scaler.scale
         finite = math.isfinite(norm)
         if finite:
@@ -116,18 +120,24 @@ class TorchEngine:
         """See `Engine.load_state_dict`."""
         self._scaler.load_state_dict(state)
 
-    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
-        return self._all_fragments(kinds) if self._is_owner() else iter(())
+        for fragment in self._all_fragments(kinds):
+            if replicas or (self._is_owner() and self._is_counted(fragment.name)):
+                yield fragment
+
+    def _is_counted(self, name: str) -> bool:
+        """Whether this rank speaks for a parameter: copies over tp are counted once."""
+        return self.placements[name].sharded or self._mesh.tp_rank == 0
 
     def _all_fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
         gradients = self._gradients() if "grad" in kinds else {}
         for name, master in self._masters.items():
-            shape, start = self._placement(name)
+            placement, start = self.placements[name], self._start(name)
             if not master.numel():
                 continue  # this rank holds nothing of the parameter
             for kind in kinds:
-                box = whole_box(shape)
+                box = placement.box
                 if kind == "master":
                     tensor = master
                 elif kind == "grad":
@@ -140,20 +150,26 @@ class TorchEngine:
                     # before the first update the optimizer has no state, later some parameters
                     # have not this one (Adafactor's vectors, Muon's embeddings)
                     continue
-                yield Fragment(name, kind, shape, box, start, tensor.detach().view(-1))
+                flat = tensor.detach().view(-1)
+                yield Fragment(name, kind, placement.global_shape, box, start, flat)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def _norm_group(self) -> dist.ProcessGroup | None:
-        raise NotImplementedError
+    def _norm_groups(self) -> list[dist.ProcessGroup]:
+        """The axes over which parts of the gradient lie."""
+        return [self._mesh.tp_group] if self._mesh.tp_size > 1 else []
 
-    def _sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum per-parameter values over the ranks that hold parts of each parameter."""
-        group = self._norm_group()
-        if group is not None:
-            dist.all_reduce(values, group=group)
-        return values
+    def _sum_over_shards(
+        self, values: torch.Tensor, tensors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Sum values (..., one for each of `tensors`) over the ranks that hold parts of them."""
+        names = {id(master): name for name, master in self._masters.items()}
+        counted = [self._is_counted(names[id(tensor)]) for tensor in tensors]
+        total = values * torch.tensor(counted, device=values.device)
+        for group in self._norm_groups():
+            dist.all_reduce(total, group=group)
+        return total
 
     def _after_update(self) -> None:
         raise NotImplementedError
@@ -161,7 +177,8 @@ class TorchEngine:
     def _clear_gradients(self) -> None:
         raise NotImplementedError
 
-    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
+    def _start(self, name: str) -> int:
+        """Where the master begins in the flattened (tensor-parallel local) parameter."""
         raise NotImplementedError
 
     def _is_owner(self) -> bool:
@@ -180,10 +197,11 @@ class ReplicatedEngine(TorchEngine):
         module: nn.Module,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
         dtype: torch.dtype,
         scaling: LossScaling,
     ) -> None:
-        super().__init__(module, recipe, mesh, scaling)
+        super().__init__(module, recipe, mesh, placements, scaling)
         self._params = dict(module.named_parameters())
         if dtype == torch.float32:
             masters = {name: p.detach() for name, p in self._params.items()}
@@ -217,9 +235,6 @@ class ReplicatedEngine(TorchEngine):
     def _gradients(self) -> dict[str, torch.Tensor]:
         return {name: self._reducer.main_gradient(p) for name, p in self._params.items()}
 
-    def _norm_group(self) -> None:
-        return None
-
     def _after_update(self) -> None:
         with torch.no_grad():
             for name, param in self._params.items():
@@ -229,8 +244,8 @@ class ReplicatedEngine(TorchEngine):
     def _clear_gradients(self) -> None:
         self._reducer.zero()
 
-    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
-        return tuple(self._params[name].shape), 0
+    def _start(self, name: str) -> int:
+        return 0
 
     def _is_owner(self) -> bool:
         return self._mesh.dp_rank == 0
@@ -255,12 +270,13 @@ class ShardedEngine(TorchEngine):
         module: nn.Module,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
         dtype: torch.dtype,
         scaling: LossScaling,
         stage: int,
         blocks: Iterable[nn.Module],
     ) -> None:
-        super().__init__(module, recipe, mesh, scaling)
+        super().__init__(module, recipe, mesh, placements, scaling)
         self._stage = stage
         dp_mesh = mesh.device_mesh["dp"]
         policy = MixedPrecisionPolicy(
@@ -323,8 +339,9 @@ class ShardedEngine(TorchEngine):
             )
         return gradients
 
-    def _norm_group(self) -> dist.ProcessGroup | None:
-        return self._mesh.dp_group if self._mesh.dp_size > 1 else None
+    def _norm_groups(self) -> list[dist.ProcessGroup]:
+        over_dp = [self._mesh.dp_group] if self._mesh.dp_size > 1 else []
+        return over_dp + super()._norm_groups()
 
     def _after_update(self) -> None:
         self._reshard()
@@ -335,11 +352,10 @@ class ShardedEngine(TorchEngine):
         for master in self._masters.values():
             master.grad = None
 
-    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
-        shape = tuple(self._params[name].shape)
+    def _start(self, name: str) -> int:
+        shape = self._params[name].shape
         rows = -(-shape[0] // self._mesh.dp_size)  # torch.chunk: every rank but the last the same
-        row_numel = self._params[name].numel() // shape[0]
-        return shape, self._mesh.dp_rank * rows * row_numel
+        return self._mesh.dp_rank * rows * (self._params[name].numel() // shape[0])
 
     def _is_owner(self) -> bool:
         return True

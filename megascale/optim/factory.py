@@ -15,7 +15,7 @@ from megascale.optim.muon import MuonWithAdamW
 from megascale.optim.param_groups import is_hidden_matrix
 
 Groups = list[dict[str, Any]]
-Sum = Callable[[torch.Tensor], torch.Tensor] | None
+Sum = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor] | None
 
 STATE_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),

@@ -21,7 +21,8 @@ class Lamb(torch.optim.Optimizer):
         params: groups, each with its weight_decay; the same tensors in the same order on every
             rank, possibly empty shards.
         lr: learning rate. betas, eps: as Adam's.
-        sum_over_shards: sums a tensor over the ranks that hold the shards; None: tensors are
+        sum_over_shards: (values, tensors) -> values summed over the ranks that hold parts of
+            the parameters `tensors`, over which the last dim of `values` runs; None: all are
             whole.
     """
 
@@ -31,7 +32,7 @@ class Lamb(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        sum_over_shards: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        sum_over_shards: Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._sum_over_shards = sum_over_shards
@@ -77,7 +78,7 @@ class Lamb(torch.optim.Optimizer):
             [torch.stack(torch._foreach_norm(part)) for part in (weights, updates)]
         ).double()  # (2, number of matrices)
         if self._sum_over_shards is not None:
-            norms = self._sum_over_shards(norms.square()).sqrt()
+            norms = self._sum_over_shards(norms.square(), weights).sqrt()
         weight_norms, update_norms = norms
         known = (weight_norms > 0) & (update_norms > 0)
         return torch.where(known, weight_norms / update_norms, 1.0).tolist()

@@ -34,7 +34,9 @@ from megascale.optim.factory import (
 )
 from megascale.optim.param_groups import parameter_groups
 from megascale.optim.schedule import LearningRateSchedule
+from megascale.parallel.activation_checkpoint import recompute
 from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
 from megascale.training.callbacks.average import WeightAverageCallback
 from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
@@ -86,12 +88,7 @@ def assemble(
     Raises:
         UserError: data, output folder or checkpoint do not fit the config.
     """
-    mesh = build_mesh(
-        device.type,
-        tensor_parallel_size=config.parallel.tensor_parallel_size,
-        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-    )
+    mesh = mesh_of(config, device)
     say = _speaker(console, mesh)
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
@@ -112,20 +109,7 @@ def assemble(
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 
-    parts = StepParts(
-        engine=engine,
-        loader=BatchLoader(
-            data.train,
-            batch_size_schedule(config.train),
-            config.train.micro_batch_size,
-            mesh.dp_rank,
-            mesh.dp_size,
-        ),
-        schedule=build_schedule(config),
-        mesh=mesh,
-        device=device,
-        tokens_per_sample=task.tokens_per_sample(),
-    )
+    parts = _step_parts(config, task, data, engine, mesh, device)
     average = _weight_average(config, engine, reader)
     callbacks = [*average, *_callbacks(config, corpora, data, mesh, manager, console)]
     for callback in callbacks:
@@ -139,13 +123,76 @@ def assemble(
     return Run(config, trainer, engine, corpora, data)
 
 
+def assemble_step(
+    config: Config, device: torch.device, wrap: Callable[[Engine], Any] | None = None
+) -> StepParts:
+    """Only what a step needs, without output folder, callbacks or checkpoints.
+
+    Args:
+        wrap: put around the engine, to observe it.
+    """
+    mesh = mesh_of(config, device)
+    corpora = open_corpora(config)
+    config = resolve_vocab_size(config, corpora)
+    task = build_task(config)
+    data = task.open_data(corpora)
+    engine = assemble_engine(config, task, mesh, device)
+    return _step_parts(config, task, data, wrap(engine) if wrap else engine, mesh, device)
+
+
+def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
+    """The mesh of the config's layout over all processes."""
+    return build_mesh(
+        device.type,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+    )
+
+
+def _step_parts(
+    config: Config,
+    task: Task,
+    data: RunData,
+    engine: Engine,
+    mesh: ParallelMesh,
+    device: torch.device,
+) -> StepParts:
+    train = config.train
+    loader = BatchLoader(
+        data.train,
+        batch_size_schedule(train),
+        train.micro_batch_size,
+        mesh.dp_rank,
+        mesh.dp_size,
+    )
+    return StepParts(
+        engine=engine,
+        loader=loader,
+        schedule=build_schedule(config),
+        mesh=mesh,
+        device=device,
+        tokens_per_sample=task.tokens_per_sample(),
+    )
+
+
 def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on the meta device -> materialise -> initialise by name -> engine."""
+    """Model on meta -> tensor-parallel cut -> recomputation -> initialise by name -> engine."""
     with torch.device("meta"):
         module = task.build_module()
+    placements = whole_placements(module)
+    if mesh.tp_size > 1:
+        placements = task.parallelize(module, tensor_group(config, mesh))
+    blocks = task.blocks(module)
+    recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
-    task.initialize(module)
-    return build_engine(config, module, task.blocks(module), optimizer_recipe(config), mesh)
+    task.initialize(module, placements)
+    return build_engine(config, module, blocks, optimizer_recipe(config), mesh, placements)
+
+
+def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
+    """What a cut needs to know of the mesh."""
+    return TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel)
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:
@@ -225,10 +272,10 @@ def _callbacks(
         ValidationCallback(loaders, evaluation.interval),
         *_samples(config, corpora),
         EarlyStopCallback(
-            next(iter(loaders), ""),
             evaluation.early_stop_patience,
             evaluation.early_stop_min_delta,
             evaluation.target_loss,
+            next(iter(loaders), ""),
         ),
         MetricsFileCallback(output / "metrics.jsonl"),
     ]
@@ -279,6 +326,7 @@ def _samples(config: Config, corpora: Corpora) -> list[Callback]:
         context_length=config.model.seq_length,
         interval=evaluation.interval,
         seed=config.run.seed,
+        multiple=config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1,
     )
     return [callback]
 

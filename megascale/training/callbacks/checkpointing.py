@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,7 +53,8 @@ class CheckpointCallback(Callback):
         """Remember the best step; it is saved when the step ends, or the run."""
         if split != self._keep_best:
             return
-        if self._best_loss is None or result.loss < self._best_loss:
+        finite = math.isfinite(result.loss)  # NaN would never be undercut
+        if finite and (self._best_loss is None or result.loss < self._best_loss):
             self._best_loss, self._best_step = result.loss, trainer.state.step
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:

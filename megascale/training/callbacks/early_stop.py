@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megascale.training.callbacks.base import Callback
@@ -13,20 +14,20 @@ class EarlyStopCallback(Callback):
     """Stops when the validation loss stops falling, or when it reaches a target.
 
     Args:
-        watched: name of the validation set that decides.
         patience: validations without improvement before the run ends; None: never.
         min_delta: decrease that counts as improvement, nats per token.
         target_loss: loss at which the run ends; None: never.
+        watched: name of the validation set that decides.
     """
 
     name = "early_stop"
 
     def __init__(
         self,
-        watched: str,
         patience: int | None,
         min_delta: float,
         target_loss: float | None,
+        watched: str = "valid",
     ) -> None:
         self._watched = watched
         self._patience = patience
@@ -39,7 +40,8 @@ class EarlyStopCallback(Callback):
         """The loss is the same on every rank, so all ranks decide alike."""
         if split != self._watched:
             return
-        if self._best is None or result.loss < self._best - self._min_delta:
+        finite = math.isfinite(result.loss)  # NaN would never be undercut
+        if finite and (self._best is None or result.loss < self._best - self._min_delta):
             self._best, self._without_improvement = result.loss, 0
         else:
             self._without_improvement += 1
@@ -47,9 +49,12 @@ class EarlyStopCallback(Callback):
             trainer.stop(f"validation loss {result.loss:.4f} reached the target {self._target}")
         elif self._patience is not None and self._without_improvement >= self._patience:
             trainer.stop(
-                f"no improvement of the validation loss below {self._best:.4f} "
+                f"no improvement of the validation loss below {self._shown_best()} "
                 f"in {self._without_improvement} validations"
             )
+
+    def _shown_best(self) -> str:
+        return "any finite value" if self._best is None else f"{self._best:.4f}"
 
     def state_dict(self) -> dict[str, Any]:
         """Best loss and count of validations since."""

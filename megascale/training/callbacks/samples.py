@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from megascale.data.atomic_files import disk_errors
 from megascale.data.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class SampleCallback(Callback):
         context_length: longest sequence that the model takes.
         interval: steps between two validations; 0: only at the end.
         seed: of the first prompt; the others follow it.
+        multiple: the model takes lengths that are multiples of it (sequence parallelism).
     """
 
     name = "samples"
@@ -45,6 +47,7 @@ class SampleCallback(Callback):
         context_length: int,
         interval: int,
         seed: int,
+        multiple: int = 1,
     ) -> None:
         self._path = path
         self._prompts = prompts
@@ -53,6 +56,7 @@ class SampleCallback(Callback):
         self._context_length = context_length
         self._interval = interval
         self._seed = seed
+        self._multiple = multiple
         self._last_step = -1
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -87,8 +91,10 @@ class SampleCallback(Callback):
         tokenizer, parts = self._tokenizer, trainer.parts
 
         def next_logits(ids: torch.Tensor) -> torch.Tensor:
-            logits, _ = parts.engine.forward({"input_ids": ids})
-            return logits[0, -1, : tokenizer.vocab_size]
+            length = ids.shape[1]
+            padded = F.pad(ids, (0, -length % self._multiple))  # causal: nobody looks ahead
+            logits, _ = parts.engine.forward({"input_ids": padded})
+            return logits[0, length - 1, : tokenizer.vocab_size]
 
         new = generate(
             next_logits,

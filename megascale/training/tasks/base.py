@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
 
+from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
 
 
@@ -25,7 +26,11 @@ class Task(Protocol):
         """The repeated layers: what ZeRO-3 gathers and a pipeline cuts one by one."""
         ...
 
-    def initialize(self, module: nn.Module) -> None:
+    def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
+        """Cut the module over a tensor-parallel group; returns where each parameter lies."""
+        ...
+
+    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """Give every parameter its initial value, a function of (seed, parameter name)."""
         ...
 

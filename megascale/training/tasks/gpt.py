@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,8 +14,16 @@ from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
+from megascale.parallel.tensor_parallel import (
+    Placement,
+    Plan,
+    Rule,
+    TensorGroup,
+    interval,
+    parallelize,
+)
 from megascale.training.datasets import Corpora, RunData, open_gpt_data
-from megascale.training.losses import TokenLoss
+from megascale.training.losses import TokenLoss, VocabularyPart
 
 IGNORE = -100
 
@@ -91,9 +100,37 @@ class GPTModule(nn.Module):
         """
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
         if labels is None:
-            return logits, torch.zeros((), device=logits.device)
+            return self.loss.whole(logits), torch.zeros((), device=logits.device)
         loss_sum = self.loss(logits, labels, training=self.training)
         return loss_sum, (labels != IGNORE).sum()
+
+
+def gpt_plan(config: GPTConfig) -> Plan:
+    """How a GPT is cut (arXiv:1909.08053, arXiv:2205.05198); heads stay whole."""
+    layer = "model.layers.*"
+    head = Rule("column", unit=config.head_dim)
+    plan = {
+        "model.embedding.tokens": Rule("vocab"),
+        "model.embedding.dropout": Rule("drop_sequence"),
+        f"{layer}.attention_norm": Rule("sequence"),
+        f"{layer}.attention.query": head,
+        f"{layer}.attention.key": head,
+        f"{layer}.attention.value": head,
+        f"{layer}.attention.core.dropout": Rule("drop_heads"),
+        f"{layer}.attention.output": Rule("row", unit=config.head_dim),
+        f"{layer}.attention_dropout": Rule("drop_sequence"),
+        f"{layer}.mlp_norm": Rule("sequence"),
+        f"{layer}.mlp.up": Rule("column"),
+        f"{layer}.mlp.down": Rule("row"),
+        f"{layer}.mlp_dropout": Rule("drop_sequence"),
+        "model.final_norm": Rule("sequence"),
+        "head": Rule("head"),
+    }
+    if config.position_embedding == "learned":
+        plan["model.embedding.positions"] = Rule("positions")
+    if config.activation == "swiglu":
+        plan[f"{layer}.mlp.gate"] = Rule("column")
+    return plan
 
 
 class GPTTask:
@@ -114,13 +151,24 @@ class GPTTask:
         assert isinstance(module, GPTModule)
         return list(module.model.layers.values())
 
-    def initialize(self, module: nn.Module) -> None:
+    def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
+        """See `Task.parallelize`."""
+        assert isinstance(module, GPTModule)
+        first_id, _ = interval(
+            self._gpt.vocab_size, 1, tensor.rank, tensor.size, "model.vocab_size"
+        )
+        part = VocabularyPart(first_id, self._gpt.vocab_size, tensor.group)
+        module.loss = replace(module.loss, part=part)
+        return parallelize(module, gpt_plan(self._gpt), tensor)
+
+    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
         initialize(
             module,
             self._config.run.seed,
             init_std=self._gpt.init_std,
             num_layers=self._gpt.num_layers,
+            parts={name: (p.global_shape, p.box) for name, p in placements.items()},
         )
 
     def open_data(self, corpora: Corpora) -> RunData:
