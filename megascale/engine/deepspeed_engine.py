@@ -18,8 +18,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.utils import groups, safe_get_local_grad
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_local_grad
 from torch import nn
 
 from megascale.engine.loss_scaler import LossScaler, LossScaling
@@ -263,6 +263,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._engine.destroy()
+        groups.mpu = None  # left behind by destroy(): a next engine of this process would ask it
 
     def _set_accumulation(self, num_micro_batches: int) -> None:
         """Another number of micro-batches from this step on (a ramp of the batch size)."""

@@ -2,8 +2,10 @@
 
 The scale starts too high and its window is short: the first step overflows, and later ones each
 time it has grown too far. Two references in fp32 on one process: the plain run (2e-2, what losing
-some updates costs), and a run that loses the same updates (what fp16's rounding costs). DeepSpeed refuses fp16 on the CPU, so its part is tested with its
-`is_fp16_supported` patched (its arithmetic is torch's own there); on a GPU nothing is patched.
+some updates costs), and a run that loses the same updates (what fp16's rounding costs).
+
+DeepSpeed refuses fp16 on the CPU, so its part is tested with its `is_fp16_supported` patched (its
+arithmetic is torch's own there); on a GPU nothing is patched.
 """
 
 from __future__ import annotations
@@ -143,9 +145,17 @@ def references(pools: Pools, token_prefix: Path) -> Callable[[tuple[int, ...]], 
 
 
 @pytest.mark.parametrize(
-    ("world", "engine", "stage"),
-    [(1, "torch", 0), (1, "torch", 3), (2, "torch", 0), (2, "torch", 1), (2, "torch", 3)]
-    + [(2, "deepspeed", 1), (2, "deepspeed", 3)],
+    ("world", "engine", "stage", "tensor"),
+    [
+        (1, "torch", 0, 1),
+        (1, "torch", 3, 1),
+        (2, "torch", 0, 1),
+        (2, "torch", 1, 1),
+        (2, "torch", 3, 1),
+        (2, "torch", 0, 2),
+        (2, "deepspeed", 1, 1),
+        (2, "deepspeed", 3, 1),
+    ],
 )
 def test_fp16_follows_fp32(
     pools: Pools,
@@ -154,8 +164,10 @@ def test_fp16_follows_fp32(
     world: int,
     engine: str,
     stage: int,
+    tensor: int,
 ) -> None:
-    settings = _settings(token_prefix, engine, stage, **FP16)
+    changes = {**FP16, "parallel.tensor_parallel_size": tensor}
+    settings = _settings(token_prefix, engine, stage, **changes)
     curves = pools(world).run(train_rank, settings=settings, steps=STEPS)
     assert curves == [curves[0]] * world
     found, exact = curves[0], references(())

@@ -28,22 +28,30 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "layer_lr_decay": {"optimizer.layer_lr_decay": 0.5},
 }
 LAYOUTS = [
-    ("lion", "torch", 2),
-    ("lion", "deepspeed", 1),
-    ("lion", "deepspeed", 3),
-    ("lamb", "torch", 0),
-    ("lamb", "torch", 1),
-    ("lamb", "torch", 3),
-    ("adafactor", "torch", 0),
-    ("muon", "torch", 0),
-    ("layer_lr_decay", "torch", 1),
-    ("layer_lr_decay", "deepspeed", 2),
-    ("layer_lr_decay", "deepspeed", 3),
+    ("lion", "torch", 2, 1),
+    ("lion", "deepspeed", 1, 1),
+    ("lion", "deepspeed", 3, 1),
+    ("lamb", "torch", 0, 1),
+    ("lamb", "torch", 1, 1),
+    ("lamb", "torch", 3, 1),
+    ("lamb", "torch", 0, 2),
+    ("lamb", "torch", 2, 2),
+    ("adafactor", "torch", 0, 1),
+    ("muon", "torch", 0, 1),
+    ("layer_lr_decay", "torch", 1, 1),
+    ("layer_lr_decay", "deepspeed", 2, 1),
+    ("layer_lr_decay", "deepspeed", 3, 1),
 ]
 
 
-def _settings(prefix: Path, optimizer: str, engine: str, stage: int) -> dict[str, Any]:
-    layout = {"parallel.engine": engine, "parallel.zero_stage": stage}
+def _settings(
+    prefix: Path, optimizer: str, engine: str, stage: int, tensor: int = 1
+) -> dict[str, Any]:
+    layout = {
+        "parallel.engine": engine,
+        "parallel.zero_stage": stage,
+        "parallel.tensor_parallel_size": tensor,
+    }
     settings = settings_of(prefix, {**OPTIMIZERS[optimizer], **layout})
     if settings["optimizer"].get("name", "adamw") not in ("adamw", "lamb", "muon"):
         settings["optimizer"].pop("eps")
@@ -60,7 +68,7 @@ def references(pools: Pools, token_prefix: Path) -> dict[str, Record]:
     return {name: _run(pools, 1, _settings(token_prefix, name, "torch", 0)) for name in OPTIMIZERS}
 
 
-@pytest.mark.parametrize(("optimizer", "engine", "stage"), LAYOUTS)
+@pytest.mark.parametrize(("optimizer", "engine", "stage", "tensor"), LAYOUTS)
 def test_same_training(
     pools: Pools,
     token_prefix: Path,
@@ -68,9 +76,11 @@ def test_same_training(
     optimizer: str,
     engine: str,
     stage: int,
+    tensor: int,
 ) -> None:
     expected = references[optimizer]
-    found = _run(pools, 2, _settings(token_prefix, optimizer, engine, stage))
+    world = 4 if tensor > 1 and stage else 2
+    found = _run(pools, world, _settings(token_prefix, optimizer, engine, stage, tensor))
     if optimizer in ("lion", "muon"):
         # sign() and bf16 Newton-Schulz turn rounding into steps
         assert relative(found.losses, expected.losses) < 1e-4
@@ -86,11 +96,17 @@ def test_each_optimizer_trains_in_its_own_way(references: dict[str, Record]) -> 
         assert record.losses[-1] < record.losses[0] - 0.005, name
 
 
-@pytest.mark.parametrize(("optimizer", "engine", "stage"), LAYOUTS)
+@pytest.mark.parametrize(("optimizer", "engine", "stage", "tensor"), LAYOUTS)
 def test_resume_is_bit_identical(
-    pools: Pools, token_prefix: Path, tmp_path: Path, optimizer: str, engine: str, stage: int
+    pools: Pools,
+    token_prefix: Path,
+    tmp_path: Path,
+    optimizer: str,
+    engine: str,
+    stage: int,
+    tensor: int,
 ) -> None:
-    settings, folder = _settings(token_prefix, optimizer, engine, stage), str(tmp_path)
+    settings, folder = _settings(token_prefix, optimizer, engine, stage, tensor), str(tmp_path)
     straight = pools(2).run(
         save_rank, settings=settings, folder=folder, at_step=AT_STEP, steps=STEPS
     )

@@ -50,6 +50,8 @@ LAYOUTS = [
     ("torch", 0, {}),
     ("torch", 1, {}),
     ("torch", 3, {}),
+    ("torch", 0, {"parallel.tensor_parallel_size": 2}),
+    ("deepspeed", 1, {"parallel.tensor_parallel_size": 2}),
     ("deepspeed", 1, {}),
     ("deepspeed", 2, {"parallel.offload_optimizer": True}),
     ("deepspeed", 3, {}),

@@ -25,7 +25,7 @@ def test_megatron_s_rule_by_hand(seen: int, size: int) -> None:
 
 
 def test_megatron_s_rule_for_many_sizes() -> None:
-    """consumed -> start + int(consumed / (samples / increases)) * increment, in exact arithmetic."""
+    """start + int(consumed / (samples / increases)) * increment, in exact arithmetic."""
     for final, start, increment, samples in ((512, 32, 32, 1000), (96, 8, 8, 7), (10, 9, 1, 3)):
         schedule = BatchSizeSchedule(final, start, increment, samples)
         increases = (final - start) // increment

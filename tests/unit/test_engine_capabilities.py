@@ -61,6 +61,7 @@ DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
         (DEEPSPEED + "optimizer.name=muon " + ZERO + "1", "flat shards"),
         (TORCH + "optimizer.name=muon " + ZERO + "1", "whole matrix"),
         (TORCH + "optimizer.name=adafactor " + ZERO + "3", "whole matrix"),
+        (TORCH + "optimizer.name=muon parallel.tensor_parallel_size=2", "whole matrix"),
         (TORCH + "parallel.offload_optimizer=true " + ZERO + "1", "offloading"),
         (TORCH + "parallel.offload_parameters=true " + ZERO + "3", "offloading"),
         (DEEPSPEED + "parallel.offload_parameters=true " + ZERO + "2", "only ZeRO stage 3"),
