@@ -82,11 +82,15 @@ def _samples(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("torch", 3), ("deepspeed", 3)])
+@pytest.mark.parametrize(
+    ("engine", "stage", "tensor"),
+    [("torch", 0, 2), ("torch", 3, 1), ("deepspeed", 3, 1)],
+)
 def test_sets_samples_and_resume(
-    pools: Pools, names: dict[str, Path], tmp_path: Path, engine: str, stage: int
+    pools: Pools, names: dict[str, Path], tmp_path: Path, engine: str, stage: int, tensor: int
 ) -> None:
     tree = _tree(names, tmp_path, parallel__engine=engine, parallel__zero_stage=stage)
+    tree["parallel"] |= {"tensor_parallel_size": tensor, "sequence_parallel": tensor > 1}
     tree["model"]["dropout"] = 0.1
     console = pools(2).run(fit_rank, tree=tree)[0]
     lines = metrics(tmp_path)
