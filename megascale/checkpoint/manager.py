@@ -66,11 +66,16 @@ class CheckpointManager:
         fragments: Iterable[Fragment],
         state: Mapping[str, Any],
         attachments: Mapping[str, bytes],
+        keep: int | None = None,
     ) -> str:
-        """Write the checkpoint of `step`, then prune; collective. Returns its path."""
+        """Write the checkpoint of `step`, then prune; collective. Returns its path.
+
+        Args:
+            keep: a step whose checkpoint is not pruned however old it is.
+        """
         write_checkpoint(self.root, step_name(step), step, fragments, state, attachments)
         if dist.get_rank() == 0:
-            self._prune()
+            self._prune(keep)
         return self.path(step)
 
     def open_newest_intact(self) -> tuple[CheckpointReader | None, list[str]]:
@@ -105,10 +110,12 @@ class CheckpointManager:
         dist.broadcast_object_list(shared, src=0)
         return shared[0] or []
 
-    def _prune(self) -> None:
+    def _prune(self, keep: int | None) -> None:
         if self._keep_last is None:
             return
         for step in self.steps()[: -self._keep_last]:
+            if step == keep:
+                continue
             self._storage.remove_folder(step_name(step))
 
 

@@ -14,7 +14,7 @@ from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorFile
 from megascale.checkpoint.writer import RNG_KEY
 from megascale.errors import UserError
-from megascale.parallel.fragment import Fragment, global_runs
+from megascale.parallel.fragment import Fragment, global_runs, whole_box
 
 _CHUNK = 4 * 1024 * 1024
 
@@ -138,7 +138,13 @@ class CheckpointReader:
         self, fragment: Fragment, wanted: tuple[np.ndarray, np.ndarray], piece: Piece
     ) -> int:
         """Copy what `piece` has of `fragment`; returns the number of elements copied."""
-        held = global_runs(fragment.global_shape, piece.box, piece.start, piece.numel)
+        if piece.box == fragment.box:  # one run each, in the box's own coordinates
+            shape = tuple(end - begin for begin, end in piece.box)
+            whole = whole_box(shape)
+            wanted = global_runs(shape, whole, fragment.start, fragment.numel)
+            held = global_runs(shape, whole, piece.start, piece.numel)
+        else:
+            held = global_runs(fragment.global_shape, piece.box, piece.start, piece.numel)
         into, source, lengths = _overlaps(wanted, held)
         file = self._file(piece.file)
         key = tensor_key(fragment.kind, fragment.name)

@@ -180,10 +180,10 @@ def _write_rank_file(
     tensors[RNG_KEY] = torch.get_rng_state()
     with storage.open_write(temporary, file) as stream:
         size, digest = write_tensors(stream, tensors)
-    pieces: dict[str, dict[str, Any]] = {}
+    pieces: dict[Any, dict[str, Any]] = {}
     for f in fragments:
         piece = pieces.setdefault(
-            f.name,
+            (f.name, f.box, f.start),
             {"file": file, "name": f.name, "kinds": [], "box": f.box, "start": f.start},
         )
         piece["kinds"].append(f.kind)

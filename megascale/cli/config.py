@@ -13,6 +13,7 @@ from megascale.config.checks import DEFAULT_CHECKS, Check
 from megascale.config.load import dump_config, load_config
 from megascale.config.problems import show_value
 from megascale.config.schema import Config, config_schema, read_path
+from megascale.data.batch_size import batch_size_schedule
 
 app = typer.Typer(help="Show, check and describe configurations.", no_args_is_help=True)
 
@@ -91,6 +92,7 @@ def layout(
 def _summary(config: Config, world_size: int | None) -> list[str]:
     model, train, parallel = config.model, config.train, config.parallel
     tokens = train.global_batch_size * model.seq_length
+    total = batch_size_schedule(train).samples_after(train.max_steps) * model.seq_length
     batch = f"{train.global_batch_size} samples ({tokens:,} tokens)"
     if world_size is not None:
         ranks = world_size // parallel.model_parallel_size
@@ -101,7 +103,6 @@ def _summary(config: Config, world_size: int | None) -> list[str]:
         f"{model.num_attention_heads} heads, {model.seq_length} tokens",
         f"data     {', '.join(part.path for part in config.data.weighted_paths)}",
         f"batch    {batch}",
-        f"run      {train.max_steps:,} steps, {tokens * train.max_steps:,} tokens, "
-        f"into {config.run.output_dir}",
+        f"run      {train.max_steps:,} steps, {total:,} tokens, into {config.run.output_dir}",
         f"engine   {parallel.engine}, ZeRO stage {parallel.zero_stage}, {config.precision.dtype}",
     ]

@@ -17,12 +17,17 @@ from megascale.cli.train import Nproc
 CheckpointFolder = Annotated[
     str, typer.Argument(metavar="CKPT", help="A checkpoint folder, .../checkpoints/step_XXXXXXXX.")
 ]
+Weights = Annotated[
+    str, typer.Option(help="trained, ema (train.ema_decay), or last-K: mean of K checkpoints.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def evaluate(
     checkpoint: CheckpointFolder,
-    split: Annotated[str, typer.Option(help="valid, test, or a part of --data.")] = "valid",
+    split: Annotated[
+        str, typer.Option(help="train, valid, test, or a set of data.validation.")
+    ] = "valid",
     data: Annotated[
         str | None, typer.Option(help="Another prepared dataset; all of it is evaluated.")
     ] = None,
@@ -30,6 +35,7 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option(help="Also print the unigram and bigram entropy of the training data.")
     ] = False,
+    weights: Weights = "trained",
     nproc: Nproc = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -44,7 +50,13 @@ def evaluate(
         from megascale.training.held_out import evaluate_checkpoint
 
         report = evaluate_checkpoint(
-            checkpoint, place, split=split, data=data, max_samples=max_samples, baselines=baselines
+            checkpoint,
+            place,
+            split=split,
+            data=data,
+            max_samples=max_samples,
+            baselines=baselines,
+            weights=weights,
         )
         if report is not None:
             typer.echo(json.dumps(report) if as_json else _table(report))

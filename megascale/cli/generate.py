@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megascale.cli.evaluate import CheckpointFolder, Device
+from megascale.cli.evaluate import CheckpointFolder, Device, Weights
 
 
 def generate(
@@ -17,6 +17,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 means all tokens.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 means all tokens.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = "trained",
     device: Device = "auto",
 ) -> None:
     """Generate text from a checkpoint."""
@@ -32,6 +33,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
+        weights=weights,
     )
     for text in texts:
         typer.echo(text)

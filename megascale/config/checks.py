@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megascale.config import recipe_checks
 from megascale.config.bert_checks import BERT_CHECKS
 from megascale.config.model_checks import MODEL_CHECKS
 from megascale.config.problems import Problem
@@ -132,13 +133,16 @@ _ASKS_FOR_VALIDATION = (
 
 
 def validation_needs_split(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """What uses the validation split finds one."""
+    """What uses a validation set finds one."""
     if config.data.has_validation:
         return
     for path in _ASKS_FOR_VALIDATION:
         value = read_path(config, path)
-        if value:
-            rule = f"there is nothing to validate on: data.split = {list(config.data.split)}"
+        if value and not (path == "evaluation.interval" and config.evaluation.prompts):
+            rule = (
+                f"there is nothing to validate on: data.split = {list(config.data.split)} "
+                "and no data.validation"
+            )
             yield Problem(path, value, rule, "for example data.split = [0.98, 0.02]")
 
 
@@ -160,9 +164,24 @@ _IGNORED = (
         lambda size: size != 1,
         "several ranks share a layer",
     ),
-    _ignored("optimizer.momentum", "optimizer.name", _among("sgd"), "the optimizer is sgd"),
-    _ignored("optimizer.betas", "optimizer.name", _among("adamw"), "the optimizer is adamw"),
-    _ignored("optimizer.eps", "optimizer.name", _among("adamw"), "the optimizer is adamw"),
+    _ignored(
+        "optimizer.momentum",
+        "optimizer.name",
+        _among("sgd", "muon"),
+        "the optimizer is sgd or muon",
+    ),
+    _ignored(
+        "optimizer.betas",
+        "optimizer.name",
+        _among("adamw", "lion", "lamb", "muon"),
+        "the optimizer is adamw, lion, lamb or muon",
+    ),
+    _ignored(
+        "optimizer.eps",
+        "optimizer.name",
+        _among("adamw", "lamb", "muon"),
+        "the optimizer is adamw, lamb or muon",
+    ),
     _ignored(
         "schedule.decay_steps",
         "schedule.name",
@@ -181,6 +200,7 @@ _IGNORED = (
         lambda patience: patience is not None,
         "early_stop_patience is set",
     ),
+    _ignored("evaluation.sample_tokens", "evaluation.prompts", bool, "there are prompts"),
     _ignored(
         "checkpoint.keep_last",
         "checkpoint.save_interval",
@@ -194,7 +214,6 @@ _IGNORED = (
 
 
 _NOT_BUILT = (
-    _not_built("precision.dtype", ("fp32", "bf16"), "{} training is"),
     _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
     _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
     _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
@@ -226,10 +245,37 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     Check((*_BATCH, *_LAYOUT), micro_batch_divides_global),
     Check(_LAYOUT, world_size_fits_layout),
     Check((*_BATCH, *_LAYOUT), batch_fits_world_size),
-    Check(("data.split", *_ASKS_FOR_VALIDATION), validation_needs_split),
+    Check(
+        ("data.split", "data.validation", "evaluation.prompts", *_ASKS_FOR_VALIDATION),
+        validation_needs_split,
+    ),
     Check(
         ("evaluation.interval", "evaluation.early_stop_patience", "evaluation.target_loss"),
         stopping_needs_interval,
+    ),
+    Check(("precision.dtype", *recipe_checks.LOSS_SCALE), recipe_checks.loss_scale_needs_fp16),
+    Check(
+        ("precision.dtype", *recipe_checks.LOSS_SCALE),
+        recipe_checks.static_loss_scale_stands_alone,
+    ),
+    Check(
+        (
+            "precision.dtype",
+            "precision.loss_scale",
+            "precision.initial_loss_scale_power",
+            "precision.min_loss_scale",
+        ),
+        recipe_checks.loss_scale_starts_in_bounds,
+    ),
+    Check(("train.batch_size_ramp", "train.global_batch_size"), recipe_checks.ramp_reaches_batch),
+    Check(
+        ("train.batch_size_ramp", "train.micro_batch_size", *_LAYOUT),
+        recipe_checks.ramp_fits_micro_batch,
+    ),
+    Check(("evaluation.prompts", "model.family"), recipe_checks.prompts_need_gpt),
+    Check(
+        ("checkpoint.keep_best", "data.split", "data.validation", "evaluation.interval"),
+        recipe_checks.best_is_a_metric,
     ),
     *_IGNORED,
     *BERT_CHECKS,

@@ -25,6 +25,10 @@ def _to_pair(value: Any) -> Any:
 def _text(value: str) -> str:
     if not value.strip():
         raise PydanticCustomError("text", "must not be empty")
+    return _unicode(value)
+
+
+def _unicode(value: str) -> str:
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise PydanticCustomError("text", "must be valid UTF-8 without NUL characters")
     return value
@@ -52,6 +56,23 @@ Split = Annotated[
     Field(min_length=1, max_length=3),
     BeforeValidator(to_tuple),
     AfterValidator(_sums_to_one),
+]
+
+Texts = Annotated[tuple[Annotated[str, AfterValidator(_unicode)], ...], BeforeValidator(to_tuple)]
+
+
+def _distinct_names(named: dict[str, str]) -> dict[str, str]:
+    taken = sorted({"train", "valid", "test"} & set(named))
+    if taken:
+        raise PydanticCustomError(
+            "named_paths", "{name} is the name of a part of data.split", {"name": taken[0]}
+        )
+    return named
+
+
+NamedPaths = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Text],
+    AfterValidator(_distinct_names),
 ]
 
 

@@ -19,6 +19,7 @@ from megascale.config.fields import (
     Count,
     CountOrZero,
     Fraction,
+    NamedPaths,
     NonNegative,
     Pair,
     Positive,
@@ -26,6 +27,7 @@ from megascale.config.fields import (
     Section,
     Split,
     Text,
+    Texts,
     to_tuple,
 )
 
@@ -202,6 +204,8 @@ class DataConfig(Section):
     dataset's own."""
     isolate_documents: bool = False
     """Whether attention and positions stop at document boundaries inside a sample."""
+    validation: NamedPaths = Field(default={})
+    """More validation sets, name to path of a prepared dataset; each is evaluated whole."""
 
     masking: Literal["token", "whole_word", "ngram"] = "token"
     """What is masked as a whole (bert only): a token, a word, or up to three words in a row."""
@@ -220,12 +224,28 @@ class DataConfig(Section):
 
     @property
     def has_validation(self) -> bool:
-        """Whether the split has a validation part."""
-        return len(self.split) > 1
+        """Whether there is anything to validate on."""
+        return bool(self.validation_names)
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """The validation sets; stopping and keeping the best look at the first of them."""
+        return (*(("valid",) if len(self.split) > 1 else ()), *self.validation)
+
+
+class BatchSizeRamp(Section):
+    """A global batch size that grows over the first samples of a run."""
+
+    start: Count
+    """Samples of the first steps."""
+    increment: Count
+    """Samples by which a step grows at a time, up to global_batch_size."""
+    samples: Count
+    """Samples after which global_batch_size is reached."""
 
 
 class TrainConfig(Section):
-    """How much is trained, in which portions."""
+    """How much is trained, in which portions, by which loss."""
 
     global_batch_size: Count = 32
     """Samples of one optimizer step, over all ranks."""
@@ -233,21 +253,32 @@ class TrainConfig(Section):
     """Samples of one forward-backward pass on one rank."""
     max_steps: Count = 1000
     """Length of the run, in optimizer steps."""
+    batch_size_ramp: BatchSizeRamp | None = None
+    """Growth of the batch to global_batch_size, {start, increment, samples}; null: none."""
+    label_smoothing: Rate = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary."""
+    z_loss: NonNegative = 0.0
+    """Coefficient of log(Z)^2 of each target, Z the softmax's normaliser; 0: without."""
+    ema_decay: Rate | None = None
+    """Decay per update of an average of the weights kept beside them; null: none."""
 
 
 class OptimizerConfig(Section):
     """The update rule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer: AdamW, or SGD with momentum."""
+    name: Literal["adamw", "sgd", "lion", "lamb", "adafactor", "muon"] = "adamw"
+    """Update rule; muon is Muon for the matrices inside layers and AdamW for the rest."""
     lr: Positive = 3e-4
     """Peak learning rate, per optimizer step."""
+    layer_lr_decay: Fraction = 1.0
+    """Factor of the learning rate from each layer to the one below it, for fine-tuning."""
     betas: Pair = (0.9, 0.95)
-    """Decay rates per step of AdamW's first and second moment."""
+    """Decay rates per step of the first and second moment (adamw, lamb, muon), or of lion's
+    update and momentum."""
     eps: Positive = 1e-8
-    """Added to AdamW's root of the second moment."""
+    """Added to the root of the second moment (adamw, lamb, muon)."""
     momentum: Rate = 0.9
-    """Decay rate per step of SGD's momentum."""
+    """Decay rate per step of the momentum (sgd, muon)."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay, times the learning rate, per step."""
     grad_clip: NonNegative = 1.0
@@ -273,6 +304,16 @@ class PrecisionConfig(Section):
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of forward and backward; the optimizer always keeps fp32 master weights."""
+    loss_scale: NonNegative = 0.0
+    """Factor of the loss in fp16; 0: dynamic, halved at overflows and doubled in between."""
+    initial_loss_scale_power: Annotated[int, Field(ge=0, le=60)] = 16
+    """The dynamic loss scale starts at 2 to this power."""
+    loss_scale_window: Count = 1000
+    """Steps without overflow after which the dynamic loss scale is doubled."""
+    hysteresis: Count = 2
+    """Overflows until the dynamic loss scale is halved, counted anew at each doubling."""
+    min_loss_scale: Positive = 1.0
+    """The dynamic loss scale is never halved below it; an overflow there ends the run."""
 
 
 class ParallelConfig(Section):
@@ -283,6 +324,10 @@ class ParallelConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """What data-parallel ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
     too."""
+    offload_optimizer: bool = False
+    """Whether optimizer state and fp32 weights live in host memory (ZeRO stages 1 to 3)."""
+    offload_parameters: bool = False
+    """Whether the divided weights live in host memory (ZeRO stage 3)."""
     tensor_parallel_size: Count = 1
     """Ranks that share every matrix of a layer."""
     sequence_parallel: bool = False
@@ -313,7 +358,12 @@ class EvaluationConfig(Section):
     interval: CountOrZero = 0
     """Steps between two validations; 0: only at the end of the run."""
     max_samples: Count | None = None
-    """Validation samples of one validation; null: the whole split."""
+    """Samples of each validation set in one validation; null: all."""
+    prompts: Texts = ()
+    """Texts (or "", a new document) that the model continues at each validation, into
+    samples.jsonl."""
+    sample_tokens: Count = 50
+    """Length of each continuation, in tokens."""
     early_stop_patience: Count | None = None
     """Validations without improvement after which the run stops; null: never."""
     early_stop_min_delta: NonNegative = 0.0
@@ -332,6 +382,8 @@ class CheckpointConfig(Section):
     init_from: Text | None = None
     """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
     random initial weights."""
+    keep_best: Text | None = None
+    """Metric of a validation, such as valid_loss, whose best checkpoint is saved and kept."""
 
 
 class LoggingConfig(Section):

@@ -87,11 +87,12 @@ def validate(raw: Mapping[Any, Any]) -> tuple[Config, list[Problem], Paths]:
 def suggestions(name: str, model: type[Section], prefix: str) -> list[str]:
     """Paths that somebody may have meant by an unknown `name` in the section at `prefix`.
 
-    A sibling that looks like it, the same name in other sections, else what looks most like it
-    anywhere in the tree.
+    The siblings that contain it or one that looks like it, the same name in other sections, else
+    what looks most like it anywhere in the tree.
     """
     sibling = closest(name, model.model_fields)
-    found = [prefix + sibling] if sibling else []
+    around = [other for other in model.model_fields if len(name) > 3 and name in other]
+    found = [prefix + other for other in around[:3] or ([sibling] if sibling else [])]
     by_name: dict[str, list[str]] = {}
     for path, _ in leaf_fields():
         by_name.setdefault(path.rpartition(".")[2], []).append(path)

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
+from megascale.data.batch_size import BatchSizeSchedule
 from megascale.data.protocol import (
     IGNORE_LABEL,
     FiniteSampleSource,
@@ -30,7 +31,8 @@ class BatchLoader:
 
     Args:
         dataset: where samples come from.
-        global_batch_size, micro_batch_size: in samples.
+        global_batch_size: in samples; a schedule when it grows over the run.
+        micro_batch_size: in samples.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
         prefetch: prepare the next step in a background thread; changes no result.
 
@@ -41,17 +43,19 @@ class BatchLoader:
     def __init__(
         self,
         dataset: SampleSource,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizeSchedule,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
         prefetch: bool = True,
     ) -> None:
         assert 0 <= dp_rank < dp_size
-        self.num_microbatches = count_microbatches(global_batch_size, micro_batch_size, dp_size)
-        self._dataset = dataset
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._rank_offset = dp_rank * (global_batch_size // dp_size)
+        if isinstance(global_batch_size, int):
+            global_batch_size = BatchSizeSchedule(global_batch_size)
+        self.batch_size = global_batch_size
+        count_microbatches(self.batch_size.final, micro_batch_size, dp_size)
+        self._dataset, self._micro_batch_size = dataset, micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._executor = ThreadPoolExecutor(1, "batch-prefetch") if prefetch else None
         self._pending: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -67,7 +71,7 @@ class BatchLoader:
         else:
             loaded = self._load(samples_seen)
         if self._executor is not None:
-            following = samples_seen + self._global_batch_size
+            following = samples_seen + self.batch_size.at(samples_seen)
             self._pending = (following, self._executor.submit(self._load, following))
         return loaded
 
@@ -78,9 +82,12 @@ class BatchLoader:
 
     def _load(self, samples_seen: int) -> list[MicroBatch]:
         size = self._micro_batch_size
-        first = samples_seen + self._rank_offset
+        total = self.batch_size.at(samples_seen)
+        count_microbatches(total, size, self._dp_size)
+        share = total // self._dp_size
+        first = samples_seen + self._dp_rank * share
         # One read for the whole step, then views: fewer, larger numpy calls.
-        ids = np.arange(first, first + self.num_microbatches * size, dtype=np.int64)
+        ids = np.arange(first, first + share, dtype=np.int64)
         whole = _to_tensors(self._dataset.batch(ids), ids)
         return [
             {name: tensor[begin : begin + size] for name, tensor in whole.items()}

@@ -8,18 +8,21 @@ Stage 0 never runs here (silently wrong in half precision).
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.utils import groups, safe_get_local_grad
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_local_grad
 from torch import nn
 
+from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.mpu import Mpu
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.parallel.fragment import Fragment
@@ -39,8 +42,11 @@ def _configuration(
     dp_size: int,
     grad_clip: float,
     hidden_size: int,
+    scaling: LossScaling,
+    offload: Offload,
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for one of our layouts."""
+    on_cpu = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
     bucket = max(1, min(_MAX_BUCKET, sum(p.numel() for p in module.parameters())))
     return {
         "train_batch_size": micro_batch_size * num_micro_batches * dp_size,
@@ -49,7 +55,12 @@ def _configuration(
         "gradient_clipping": grad_clip,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
+        # its own CPU Adam is compiled at first use; torch's fused one needs no compiler
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        # Static for DeepSpeed, moved by our LossScaler: in the step in which DeepSpeed doubles a
+        # dynamic scale, it divides the gradients by the doubled one (0.19.8).
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": scaling.initial_scale},
         "zero_optimization": {
             "stage": stage,
             # the default of 5e8 elements would allocate 2 GB of fp32 buffer for any model
@@ -58,8 +69,18 @@ def _configuration(
             # the values that transformers' integration derives for "auto"
             "stage3_param_persistence_threshold": 10 * hidden_size,
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+            **({"offload_optimizer": on_cpu} if offload.optimizer else {}),
+            **({"offload_param": on_cpu} if offload.parameters else {}),
         },
     }
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What lives in the memory of the host and not of the device."""
+
+    optimizer: bool = False
+    parameters: bool = False
 
 
 class DeepSpeedEngine:
@@ -77,10 +98,14 @@ class DeepSpeedEngine:
         micro_batch_size: int,
         num_micro_batches: int,
         hidden_size: int,
+        scaling: LossScaling,
+        offload: Offload,
     ) -> None:
         self._recipe = recipe
+        self._scaler = LossScaler(scaling)
         self._mesh = mesh
         self._stage = stage
+        self._micro_batch_size = micro_batch_size
         self._num_micro_batches = num_micro_batches
         self.placements = placements
         for name, param in module.named_parameters():
@@ -109,6 +134,8 @@ class DeepSpeedEngine:
                 mesh.dp_size,
                 recipe.grad_clip,
                 hidden_size,
+                scaling,
+                offload,
             ),
         )
         self._zero = self._engine.optimizer
@@ -122,7 +149,8 @@ class DeepSpeedEngine:
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
-        assert len(micro_batches) == self._num_micro_batches
+        if len(micro_batches) != self._num_micro_batches:
+            self._set_accumulation(len(micro_batches))
         # DeepSpeed averages gradients over the data-parallel group.
         scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
         total = torch.zeros_like(scale)
@@ -137,14 +165,15 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`."""
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         skipped_before = self._engine.skipped_steps
+        scale = self._scaler.scale
         self._engine.step()
-        return StepOutcome(
-            grad_norm=float(self._engine.get_global_grad_norm()),
-            skipped=self._engine.skipped_steps > skipped_before,
-            loss_scale=float(getattr(self._zero, "loss_scale", 1.0) or 1.0),
-        )
+        skipped = self._engine.skipped_steps > skipped_before
+        norm = math.inf if skipped else float(self._engine.get_global_grad_norm())
+        self._scaler.update(overflow=skipped)
+        self._push_scale()
+        return StepOutcome(norm, skipped=skipped, loss_scale=scale)
 
     def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
@@ -185,7 +214,7 @@ class DeepSpeedEngine:
             state = self._inner.state[flat]
             if self._recipe.counts_steps:
                 state["step"] = torch.tensor(float(updates))
-            for key in self._recipe.state_keys:
+            for key in self._recipe.state_keys:  # elementwise optimizers only: flat like flat
                 state[key] = torch.zeros_like(flat)
         return self.fragments(self.state_kinds, replicas=True)
 
@@ -218,21 +247,40 @@ class DeepSpeedEngine:
             persistent[0].all_gather(persistent)
 
     def state_dict(self) -> dict[str, float]:
-        """See `Engine.state_dict`: DeepSpeed's step counters."""
-        return {f"deepspeed.{key}": getattr(self._engine, key) for key in _COUNTERS}
+        """See `Engine.state_dict`: DeepSpeed's step counters and the loss scaler's state."""
+        counters = {f"deepspeed.{key}": getattr(self._engine, key) for key in _COUNTERS}
+        return {**counters, **self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """See `Engine.load_state_dict`: a state of another engine has no DeepSpeed counters."""
         for key in _COUNTERS:
             if f"deepspeed.{key}" in state:
                 setattr(self._engine, key, int(state[f"deepspeed.{key}"]))
-        # The accumulation boundary is derived from micro_steps: a checkpoint is always on one,
-        # whatever accumulation count wrote it.
-        self._engine.micro_steps -= self._engine.micro_steps % self._num_micro_batches
+        self._align_micro_steps()
+        self._scaler.load_state_dict(state)
+        self._push_scale()
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._engine.destroy()
+        groups.mpu = None  # left behind by destroy(): a next engine of this process would ask it
+
+    def _set_accumulation(self, num_micro_batches: int) -> None:
+        """Another number of micro-batches from this step on (a ramp of the batch size)."""
+        self._num_micro_batches = num_micro_batches
+        self._engine.set_train_batch_size(
+            self._micro_batch_size * num_micro_batches * self._mesh.dp_size
+        )
+        self._zero.gradient_accumulation_steps = num_micro_batches
+        self._align_micro_steps()
+
+    def _align_micro_steps(self) -> None:
+        # DeepSpeed derives the accumulation boundary from micro_steps. A step begins on one,
+        # whatever accumulation count came before it.
+        self._engine.micro_steps -= self._engine.micro_steps % self._num_micro_batches
+
+    def _push_scale(self) -> None:
+        self._zero.loss_scaler.cur_scale = self._scaler.scale
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

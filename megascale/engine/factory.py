@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from megascale.config.schema import Config
-from megascale.engine.capabilities import choose_engine
+from megascale.engine.capabilities import choose_engine, require_allowed
+from megascale.engine.loss_scaler import LossScaling
 from megascale.engine.protocol import Engine, OptimizerRecipe
 from megascale.engine.torch_engine import ReplicatedEngine, ShardedEngine
 from megascale.parallel.mesh import ParallelMesh
@@ -34,12 +35,18 @@ def build_engine(
         recipe: how to build the optimizer.
         mesh: who is where.
         placements: where each parameter lies in its global tensor.
+
+    Raises:
+        UserError: no engine, or not the one asked for, runs this config on this device.
     """
+    device_type = next(module.parameters()).device.type
+    require_allowed(config, device_type)
     dtype = DTYPES[config.precision.dtype]
+    scaling = loss_scaling(config)
     stage = config.parallel.zero_stage
-    if choose_engine(config) == "deepspeed":
+    if choose_engine(config, device_type) == "deepspeed":
         # imported here: it costs seconds, and a machine without it can still train
-        from megascale.engine.deepspeed_engine import DeepSpeedEngine
+        from megascale.engine.deepspeed_engine import DeepSpeedEngine, Offload
 
         micro = config.train.micro_batch_size
         return DeepSpeedEngine(
@@ -52,7 +59,25 @@ def build_engine(
             micro_batch_size=micro,
             num_micro_batches=config.train.global_batch_size // (micro * mesh.dp_size),
             hidden_size=config.model.hidden_size,
+            scaling=scaling,
+            offload=Offload(config.parallel.offload_optimizer, config.parallel.offload_parameters),
         )
     if stage == 0:
-        return ReplicatedEngine(module, recipe, mesh, placements, dtype)
-    return ShardedEngine(module, recipe, mesh, placements, dtype, stage, blocks)
+        return ReplicatedEngine(module, recipe, mesh, placements, dtype, scaling)
+    return ShardedEngine(module, recipe, mesh, placements, dtype, scaling, stage, blocks)
+
+
+def loss_scaling(config: Config) -> LossScaling:
+    """How the loss is scaled: only fp16 needs it."""
+    precision = config.precision
+    if precision.dtype != "fp16":
+        return LossScaling()
+    if precision.loss_scale:
+        return LossScaling(initial_scale=precision.loss_scale)
+    return LossScaling(
+        initial_scale=2.0**precision.initial_loss_scale_power,
+        dynamic=True,
+        window=precision.loss_scale_window,
+        hysteresis=precision.hysteresis,
+        min_scale=precision.min_loss_scale,
+    )

@@ -14,7 +14,27 @@ from megascale.parallel.fragment import Fragment
 from megascale.parallel.tensor_parallel import Placement
 
 MicroBatch = Mapping[str, torch.Tensor]
-OptimizerBuilder = Callable[[Iterable[tuple[str, torch.Tensor]]], torch.optim.Optimizer]
+SumOverShards = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+
+
+class OptimizerBuilder(Protocol):
+    """Makes a torch optimizer from (name, tensor) pairs."""
+
+    def __call__(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        sum_over_shards: SumOverShards | None = None,
+    ) -> torch.optim.Optimizer:
+        """Build it.
+
+        Args:
+            named: what the optimizer steps on: fp32 masters or their local shards (possibly
+                empty), under the model's names, the same names in the same order on every rank.
+            sum_over_shards: (values, tensors) -> values summed over the ranks that hold parts
+                of these parameters; the last dim of `values` runs over `tensors`. None where
+                the tensors are no shards of single parameters.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,17 +42,25 @@ class OptimizerRecipe:
     """How an engine builds its optimizer over whatever tensors it decides to step.
 
     Attributes:
-        build: makes a torch optimizer from (name, tensor) pairs; the tensors may be fp32 masters
-            or local shards, their names are the model's.
+        build: makes the optimizer.
         state_keys: the optimizer's per-parameter tensor states, as a checkpoint names them.
         counts_steps: whether the optimizer keeps a "step" scalar per parameter.
         grad_clip: global gradient norm to clip to; 0 switches clipping off.
+        state_shapes: for optimizers whose states are not all of the parameter's shape: (name,
+            shape of the parameter) -> shapes of its states by key.
     """
 
     build: OptimizerBuilder
     state_keys: tuple[str, ...]
     counts_steps: bool
     grad_clip: float
+    state_shapes: Callable[[str, tuple[int, ...]], dict[str, tuple[int, ...]]] | None = None
+
+    def states_of(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each state that the parameter `name` of (local) `shape` has."""
+        if self.state_shapes is None:
+            return dict.fromkeys(self.state_keys, shape)
+        return self.state_shapes(name, shape)
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,7 @@ class StepOutcome:
     """Result of one optimizer step.
 
     Attributes:
-        grad_norm: global L2 norm of the gradient before clipping.
+        grad_norm: global L2 norm of the gradient before clipping; inf for a skipped step.
         skipped: the update was not applied (overflow under dynamic loss scaling).
         loss_scale: the scale that was in force (1.0 without loss scaling).
     """
@@ -58,6 +86,7 @@ class Evaluable(Protocol):
     def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """What the module returns in eval mode, without gradients; call inside `evaluating()`.
 
+        For a micro-batch with labels that is (loss sum, number of targets).
         Collective under ZeRO-3: every rank must call it equally often.
         """
         ...

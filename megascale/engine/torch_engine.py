@@ -6,16 +6,19 @@ be read: fp32 masters, fp32 main gradients, one optimizer, nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
-from megascale.parallel.fragment import Fragment
+from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.gradient_norm import clip_, global_norm
 from megascale.parallel.gradient_reducer import GradientReducer
 from megascale.parallel.mesh import ParallelMesh
@@ -35,34 +38,46 @@ class TorchEngine:
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
+        scaling: LossScaling,
     ) -> None:
         self.module = module
         self.placements = placements
         self._recipe = recipe
         self._mesh = mesh
+        self._scaler = LossScaler(scaling)
         self._device = next(module.parameters()).device
         self._masters: dict[str, torch.Tensor] = {}
         self._optimizer: torch.optim.Optimizer
 
     def _build_optimizer(self) -> None:
-        self._optimizer = self._recipe.build(list(self._masters.items()))
+        self._optimizer = self._recipe.build(list(self._masters.items()), self._sum_over_shards)
+
+    def _unscale(self) -> None:
+        """Divide the finished fp32 gradients by the loss scale."""
+        if self._scaler.scale != 1.0:
+            torch._foreach_mul_(list(self._gradients().values()), 1.0 / self._scaler.scale)
 
     def step(self, lr: float) -> StepOutcome:
-        """See `Engine.step`. A non-finite gradient is never applied: the step is skipped."""
+        """See `Engine.step`. A non-finite gradient is never applied: the step is skipped.
+
+        The norm is summed over all ranks, so that they find an overflow anywhere alike.
+        """
         gradients = self._gradients()
         counted = [grad for name, grad in gradients.items() if self._is_counted(name)]
         norm = global_norm(counted, self._device, self._norm_groups())
-        finite = norm == norm and norm not in (float("inf"), float("-inf"))
+        scale = self._scaler.scale
+        finite = math.isfinite(norm)
         if finite:
             clip_(list(gradients.values()), norm, self._recipe.grad_clip)
             for name, master in self._masters.items():
                 master.grad = gradients[name]
             for group in self._optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             self._optimizer.step()
             self._after_update()
         self._clear_gradients()
-        return StepOutcome(grad_norm=norm, skipped=not finite, loss_scale=1.0)
+        self._scaler.update(overflow=not finite)
+        return StepOutcome(norm if finite else math.inf, skipped=not finite, loss_scale=scale)
 
     def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
@@ -85,12 +100,12 @@ class TorchEngine:
 
     def prepare_load(self, updates: int) -> Iterator[Fragment]:
         """See `Engine.prepare_load`."""
-        for master in self._masters.values():
+        for name, master in self._masters.items():
             state = self._optimizer.state[master]
             if self._recipe.counts_steps:
                 state["step"] = torch.tensor(float(updates))
-            for key in self._recipe.state_keys:
-                state[key] = torch.zeros_like(master)
+            for key, shape in self._recipe.states_of(name, tuple(master.shape)).items():
+                state[key] = master.new_zeros(shape)
         return self._all_fragments(self.state_kinds)
 
     def finish_load(self) -> None:
@@ -98,11 +113,12 @@ class TorchEngine:
         self._after_update()
 
     def state_dict(self) -> dict[str, float]:
-        """See `Engine.state_dict`; these engines keep no counters of their own."""
-        return {}
+        """See `Engine.state_dict`: the loss scaler's state."""
+        return self._scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """See `Engine.load_state_dict`."""
+        self._scaler.load_state_dict(state)
 
     def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
@@ -118,24 +134,42 @@ class TorchEngine:
         gradients = self._gradients() if "grad" in kinds else {}
         for name, master in self._masters.items():
             placement, start = self.placements[name], self._start(name)
+            if not master.numel():
+                continue  # this rank holds nothing of the parameter
             for kind in kinds:
+                box = placement.box
                 if kind == "master":
                     tensor = master
                 elif kind == "grad":
                     tensor = gradients[name]
                 elif kind in self._optimizer.state[master]:
                     tensor = self._optimizer.state[master][kind]
+                    if tensor.shape != master.shape:  # a factored state, of whole tensors only
+                        box = whole_box(tuple(tensor.shape))
                 else:
-                    continue  # before the first update the optimizer has no state
+                    # before the first update the optimizer has no state, later some parameters
+                    # have not this one (Adafactor's vectors, Muon's embeddings)
+                    continue
                 flat = tensor.detach().view(-1)
-                yield Fragment(name, kind, placement.global_shape, placement.box, start, flat)
+                yield Fragment(name, kind, placement.global_shape, box, start, flat)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def _norm_groups(self) -> list[torch.distributed.ProcessGroup]:
+    def _norm_groups(self) -> list[dist.ProcessGroup]:
         """The axes over which parts of the gradient lie."""
         return [self._mesh.tp_group] if self._mesh.tp_size > 1 else []
+
+    def _sum_over_shards(
+        self, values: torch.Tensor, tensors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Sum values (..., one for each of `tensors`) over the ranks that hold parts of them."""
+        names = {id(master): name for name, master in self._masters.items()}
+        counted = [self._is_counted(names[id(tensor)]) for tensor in tensors]
+        total = values * torch.tensor(counted, device=values.device)
+        for group in self._norm_groups():
+            dist.all_reduce(total, group=group)
+        return total
 
     def _after_update(self) -> None:
         raise NotImplementedError
@@ -154,8 +188,8 @@ class TorchEngine:
 class ReplicatedEngine(TorchEngine):
     """Every rank holds everything (ZeRO stage 0); gradients are summed in fp32.
 
-    fp32: the parameters are the masters. bf16: the module holds bf16 weights, the optimizer
-    steps on fp32 masters, and the weights are rounded from them after each update.
+    fp32: the parameters are the masters. bf16, fp16: the module holds weights of that type, the
+    optimizer steps on fp32 masters, and the weights are rounded from them after each update.
     """
 
     def __init__(
@@ -165,8 +199,9 @@ class ReplicatedEngine(TorchEngine):
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
         dtype: torch.dtype,
+        scaling: LossScaling,
     ) -> None:
-        super().__init__(module, recipe, mesh, placements)
+        super().__init__(module, recipe, mesh, placements, scaling)
         self._params = dict(module.named_parameters())
         if dtype == torch.float32:
             masters = {name: p.detach() for name, p in self._params.items()}
@@ -188,9 +223,10 @@ class ReplicatedEngine(TorchEngine):
         for index, micro_batch in enumerate(micro_batches):
             self._reducer.begin_backward(last=index == len(micro_batches) - 1)
             loss_sum, _ = self.module(**micro_batch)
-            (loss_sum / divisors).sum().backward()
+            (loss_sum * (self._scaler.scale / divisors)).sum().backward()
             total += loss_sum.detach()
         self._reducer.finish()
+        self._unscale()
         return total
 
     def close(self) -> None:
@@ -237,10 +273,11 @@ class ShardedEngine(TorchEngine):
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
         dtype: torch.dtype,
+        scaling: LossScaling,
         stage: int,
         blocks: Iterable[nn.Module],
     ) -> None:
-        super().__init__(module, recipe, mesh, placements)
+        super().__init__(module, recipe, mesh, placements, scaling)
         self._stage = stage
         dp_mesh = mesh.device_mesh["dp"]
         policy = MixedPrecisionPolicy(
@@ -252,10 +289,9 @@ class ShardedEngine(TorchEngine):
             fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
         fully_shard(module, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
         self._params: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
+        # Empty shards too: every rank's optimizer lists the same parameters in the same order.
         shards = {name: p.to_local().detach() for name, p in self._params.items()}
-        self._masters = {
-            name: shard.requires_grad_() for name, shard in shards.items() if shard.numel()
-        }
+        self._masters = {name: shard.requires_grad_() for name, shard in shards.items()}
         self._build_optimizer()
 
     def forward_backward(
@@ -265,7 +301,9 @@ class ShardedEngine(TorchEngine):
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        scale = (self._scaler.scale * self._mesh.dp_size / total_targets).to(
+            self._device, torch.float32
+        )
         total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
@@ -276,6 +314,7 @@ class ShardedEngine(TorchEngine):
             loss_sum, _ = module(**micro_batch)
             (loss_sum * scale).sum().backward()
             total += loss_sum.detach()
+        self._unscale()
         return total
 
     @contextmanager
@@ -303,7 +342,7 @@ class ShardedEngine(TorchEngine):
             )
         return gradients
 
-    def _norm_groups(self) -> list[torch.distributed.ProcessGroup]:
+    def _norm_groups(self) -> list[dist.ProcessGroup]:
         over_dp = [self._mesh.dp_group] if self._mesh.dp_size > 1 else []
         return over_dp + super()._norm_groups()
 

@@ -2,8 +2,14 @@
 
 With logits z cut along V and m, Z, z_y their maximum, sum of exponentials and target logit:
 
-    loss = log Z + m - z_y      three all-reduces of (B*T): max, then Z and z_y together
+    loss = log Z + m - z_y      two all-reduces: the maximum of (B*T), then Z and z_y of (2, B*T)
     d loss / d z_j = exp(z_j - m) / Z - [j = y]      local
+
+With label smoothing e and z-loss c there is the mean logit over the whole vocabulary, a third row
+of the second all-reduce, and with L = log Z + m
+
+    loss = L - (1 - e) z_y - e mean(z) + c L^2
+    d loss / d z_j = (1 + 2 c L) exp(z_j - m) / Z - (1 - e) [j = y] - e / V
 """
 
 from __future__ import annotations
@@ -24,7 +30,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         first_id: int,
         ignore_index: int,
         group: dist.ProcessGroup,
+        smoothing: tuple[float, int],
+        z_loss: float,
     ) -> Tensor:
+        share, vocab_size = smoothing
         shifted = logits.float()
         largest = shifted.amax(dim=-1)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -34,22 +43,36 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         local = local.masked_fill(elsewhere, 0)
         target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
         exponentials = shifted.exp()
-        sums = torch.stack((exponentials.sum(dim=-1), target))
+        rows = [exponentials.sum(dim=-1), target]
+        if share:
+            rows.append(shifted.sum(dim=-1))
+        sums = torch.stack(rows)
         dist.all_reduce(sums, group=group)
         normaliser, target = sums[0], sums[1]
+        if share:
+            target = (1 - share) * target + share / vocab_size * sums[2]
         counted = labels != ignore_index
-        ctx.save_for_backward(exponentials, normaliser, local, elsewhere, counted)
-        ctx.dtype = logits.dtype
-        return (normaliser.log() - target).masked_fill(~counted, 0.0).sum()
+        log_z = normaliser.log() + largest
+        ctx.save_for_backward(exponentials, normaliser, log_z, local, elsewhere, counted)
+        ctx.dtype, ctx.smoothing, ctx.z_loss = logits.dtype, smoothing, z_loss
+        losses = normaliser.log() - target
+        if z_loss:
+            losses = losses + z_loss * log_z.square()
+        return losses.masked_fill(~counted, 0.0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        exponentials, normaliser, local, elsewhere, counted = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        exponentials, normaliser, log_z, local, elsewhere, counted = ctx.saved_tensors
+        share, vocab_size = ctx.smoothing
         out = exponentials / normaliser.unsqueeze(-1)
+        if ctx.z_loss:
+            out *= (1 + 2 * ctx.z_loss * log_z).unsqueeze(-1)
         hit = (~elsewhere).to(out.dtype).unsqueeze(-1)
-        out.scatter_add_(-1, local.unsqueeze(-1), -hit)
+        out.scatter_add_(-1, local.unsqueeze(-1), -(1 - share) * hit)
+        if share:
+            out -= share / vocab_size
         out *= (grad * counted).unsqueeze(-1)
-        return out.to(ctx.dtype), None, None, None, None
+        return out.to(ctx.dtype), None, None, None, None, None, None
 
 
 def vocab_parallel_argmax(logits: Tensor, *, first_id: int, group: dist.ProcessGroup) -> Tensor:
@@ -78,6 +101,9 @@ def vocab_parallel_cross_entropy(
     first_id: int,
     group: dist.ProcessGroup,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab_size: int = 0,
 ) -> Tensor:
     """Sum of the cross-entropies, in nats, the same on every rank of the group.
 
@@ -86,5 +112,21 @@ def vocab_parallel_cross_entropy(
         labels: (N,) ids of the whole vocabulary; `ignore_index` does not count.
         first_id: first id of this rank's part.
         group: the ranks that share the vocabulary.
+        label_smoothing: share of a target's probability that is spread over the vocabulary.
+        z_loss: coefficient of log(Z)^2 of each target.
+        vocab_size: V of the whole vocabulary; needed with label smoothing.
     """
-    return _VocabParallelCrossEntropy.apply(logits, labels, first_id, ignore_index, group)
+    assert not label_smoothing or vocab_size >= logits.shape[-1], vocab_size
+    return _VocabParallelCrossEntropy.apply(
+        logits, labels, first_id, ignore_index, group, (label_smoothing, vocab_size), z_loss
+    )
+
+
+def whole_vocabulary(
+    logits: Tensor, *, first_id: int, vocab_size: int, group: dist.ProcessGroup
+) -> Tensor:
+    """All logits (..., V) on every rank from their parts (..., V_local); without gradients."""
+    whole = logits.new_zeros(*logits.shape[:-1], vocab_size)
+    whole[..., first_id : first_id + logits.shape[-1]] = logits
+    dist.all_reduce(whole, group=group)
+    return whole

@@ -32,6 +32,7 @@ class Fragment:
         kind: "master" (fp32 weight), "grad", or an optimizer state's key ("exp_avg", ...).
         global_shape: shape of the whole tensor over all ranks.
         box: the half-open interval of each dimension that the tensor-parallel local tensor covers.
+            A state that is reduced over a dimension (Adafactor's row means) lies at index 0 of it.
         start: first element within the flattened local tensor.
         tensor: 1-D live view of the data; writing to it writes the engine's state.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,32 @@ from megascale.checkpoint.reader import CheckpointReader
 from megascale.config.load import dump_config
 from megascale.config.schema import Config
 from megascale.data.atomic_files import write_file
+from megascale.data.batch_size import batch_size_schedule
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.engine.capabilities import choose_engine
 from megascale.engine.factory import DTYPES, build_engine
-from megascale.engine.protocol import Engine, OptimizerRecipe
+from megascale.engine.protocol import Engine, OptimizerRecipe, SumOverShards
 from megascale.errors import UserError
-from megascale.optim.factory import STATE_KEYS, build_optimizer
-from megascale.optim.param_groups import weight_decay_groups
+from megascale.optim.factory import (
+    COUNTS_STEPS,
+    STATE_KEYS,
+    OptimizerSettings,
+    build_optimizer,
+    state_shapes,
+)
+from megascale.optim.param_groups import parameter_groups
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.activation_checkpoint import recompute
 from megascale.parallel.mesh import ParallelMesh, build_mesh
 from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
+from megascale.training.callbacks.average import WeightAverageCallback
 from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
 from megascale.training.callbacks.console import ConsoleCallback
 from megascale.training.callbacks.early_stop import EarlyStopCallback
 from megascale.training.callbacks.metrics_file import MetricsFileCallback
+from megascale.training.callbacks.samples import SampleCallback
 from megascale.training.callbacks.tensorboard import TensorBoardCallback
 from megascale.training.callbacks.validation import ValidationCallback
 from megascale.training.datasets import (
@@ -98,7 +108,6 @@ def assemble(
     if reader is not None:
         require_same_data(reader, corpora.fingerprint, config.run.seed)
         state, saved = load_state(reader, engine, mesh)
-        reader.close()
         say(f"resumed from {reader.storage.root} at step {state.step}")
     if initial is not None:
         load_initial_weights(initial, engine)
@@ -107,10 +116,13 @@ def assemble(
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 
     parts = _step_parts(config, task, data, engine, mesh, device)
-    callbacks = _callbacks(config, corpora, data, mesh, manager, console)
+    average = _weight_average(config, engine, reader)
+    callbacks = [*average, *_callbacks(config, corpora, data, mesh, manager, console)]
     for callback in callbacks:
         if callback.name in saved:
             callback.load_state_dict(saved[callback.name])
+    if reader is not None:
+        reader.close()
     enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))
     trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
     say(_headline(config, engine.module, mesh, device))
@@ -154,7 +166,11 @@ def _step_parts(
 ) -> StepParts:
     train = config.train
     loader = BatchLoader(
-        data.train, train.global_batch_size, train.micro_batch_size, mesh.dp_rank, mesh.dp_size
+        data.train,
+        batch_size_schedule(train),
+        train.micro_batch_size,
+        mesh.dp_rank,
+        mesh.dp_size,
     )
     return StepParts(
         engine=engine,
@@ -162,7 +178,6 @@ def _step_parts(
         schedule=build_schedule(config),
         mesh=mesh,
         device=device,
-        global_batch_size=train.global_batch_size,
         tokens_per_sample=task.tokens_per_sample(),
     )
 
@@ -189,26 +204,31 @@ def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
 def optimizer_recipe(config: Config) -> OptimizerRecipe:
     """How every engine builds the config's optimizer."""
     optimizer = config.optimizer
+    settings = OptimizerSettings(
+        optimizer.name, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.momentum
+    )
 
-    def build(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
-        groups = weight_decay_groups(named, optimizer.weight_decay)
+    def build(
+        named: Iterable[tuple[str, torch.Tensor]], sum_over_shards: SumOverShards | None = None
+    ) -> torch.optim.Optimizer:
+        groups = parameter_groups(
+            named,
+            optimizer.weight_decay,
+            optimizer.layer_lr_decay,
+            config.model.num_layers,
+            apart=optimizer.name == "muon",
+        )
         for group in groups:
             group.pop("names")
-        return build_optimizer(
-            optimizer.name,
-            groups,
-            optimizer.lr,
-            optimizer.betas,
-            optimizer.eps,
-            optimizer.momentum,
-        )
+        return build_optimizer(settings, groups, sum_over_shards)
 
     keeps_state = optimizer.name != "sgd" or optimizer.momentum > 0
     return OptimizerRecipe(
         build=build,
         state_keys=STATE_KEYS[optimizer.name] if keeps_state else (),
-        counts_steps=optimizer.name == "adamw",
+        counts_steps=optimizer.name in COUNTS_STEPS,
         grad_clip=optimizer.grad_clip,
+        state_shapes=partial(state_shapes, optimizer.name) if keeps_state else None,
     )
 
 
@@ -248,18 +268,20 @@ def _callbacks(
     """In the order in which a step's result passes them: judge, record, show, save."""
     output = Path(config.run.output_dir)
     evaluation = config.evaluation
-    loaders = evaluation_loaders(
-        data.held_out.get("valid", ()),
-        config.train.micro_batch_size,
-        mesh,
-        evaluation.max_samples,
-    )
+    loaders = {
+        name: evaluation_loaders(
+            data.held_out[name], config.train.micro_batch_size, mesh, evaluation.max_samples
+        )
+        for name in config.data.validation_names
+    }
     callbacks: list[Callback] = [
         ValidationCallback(loaders, evaluation.interval),
+        *_samples(config, corpora),
         EarlyStopCallback(
             evaluation.early_stop_patience,
             evaluation.early_stop_min_delta,
             evaluation.target_loss,
+            next(iter(loaders), ""),
         ),
         MetricsFileCallback(output / "metrics.jsonl"),
     ]
@@ -272,10 +294,47 @@ def _callbacks(
         **tokenizer_files(corpora.tokenizer),
     }
     constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
+    best = config.checkpoint.keep_best
     callbacks.append(
-        CheckpointCallback(manager, config.checkpoint.save_interval, constants, attachments)
+        CheckpointCallback(
+            manager,
+            config.checkpoint.save_interval,
+            constants,
+            attachments,
+            best.removesuffix("_loss") if best is not None else None,
+        )
     )
     return callbacks
+
+
+def _weight_average(
+    config: Config, engine: Engine, reader: CheckpointReader | None
+) -> list[Callback]:
+    decay = config.train.ema_decay
+    return [] if decay is None else [WeightAverageCallback(engine, decay, reader)]
+
+
+def _samples(config: Config, corpora: Corpora) -> list[Callback]:
+    evaluation = config.evaluation
+    if not evaluation.prompts:
+        return []
+    if corpora.tokenizer is None:
+        raise UserError(
+            f"evaluation.prompts of {len(evaluation.prompts)} texts, but the data has no tokenizer",
+            rule="a text is continued with the tokenizer of the training data",
+            remedy="set data.tokenizer, or leave evaluation.prompts out",
+        )
+    callback = SampleCallback(
+        Path(config.run.output_dir) / "samples.jsonl",
+        evaluation.prompts,
+        corpora.tokenizer,
+        max_new_tokens=evaluation.sample_tokens,
+        context_length=config.model.seq_length,
+        interval=evaluation.interval,
+        seed=config.run.seed,
+        multiple=config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1,
+    )
+    return [callback]
 
 
 def _find_checkpoint(
@@ -329,6 +388,7 @@ def _headline(config: Config, module: nn.Module, mesh: ParallelMesh, device: tor
     parameters = sum(numel(parameter) for parameter in module.parameters())
     return (
         f"megascale {__version__}: {config.model.family}, {parameters:,} parameters, "
-        f"{mesh.world_size} process(es) on {device.type}, engine {choose_engine(config)}, "
+        f"{mesh.world_size} process(es) on {device.type}, "
+        f"engine {choose_engine(config, device.type)}, "
         f"ZeRO stage {config.parallel.zero_stage}, {config.precision.dtype}"
     )

@@ -20,15 +20,17 @@ def continue_prompts(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
+    weights: str = "trained",
 ) -> Iterator[str]:
     """Each prompt with its continuation; the same seed gives the same text.
 
     An empty prompt starts from the end-of-document token, as a new document does in training.
+    `weights` are those of `LoadedModel`.
 
     Raises:
         UserError: a model that does not predict next tokens, or a checkpoint without tokenizer.
     """
-    model = LoadedModel(path, device)
+    model = LoadedModel(path, device, weights)
     module = model.module
     if not isinstance(module, GPTModule):
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -29,15 +29,17 @@ class Corpora:
         corpora: in the order of the config's paths.
         weights: sampling weights, one a corpus.
         tokenizer: None when only Megatron prefixes without data.tokenizer are given.
+        validation: the sets of data.validation by name.
     """
 
     corpora: tuple[TokenCorpus, ...]
     weights: tuple[float, ...]
     tokenizer: Tokenizer | None
+    validation: dict[str, TokenCorpus] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """Identifies contents and order of the corpora; a resume must find the same."""
+        """Identifies contents and order of the training corpora; a resume must find the same."""
         return xxhash.xxh3_128_hexdigest(
             " ".join(corpus.fingerprint for corpus in self.corpora).encode()
         )
@@ -49,7 +51,8 @@ class RunData:
 
     Attributes:
         train: the endless training stream.
-        held_out: "valid" and "test" (where the split has them) -> one finite dataset a corpus.
+        held_out: "valid" and "test" (where the split has them) -> one finite dataset a corpus,
+            and the name of each set of data.validation -> that set.
     """
 
     train: SampleSource
@@ -57,16 +60,17 @@ class RunData:
 
 
 def open_corpora(config: Config) -> Corpora:
-    """Open every dataset of data.path and check that they belong together.
+    """Open every dataset of data.path and data.validation and check that they belong together.
 
     Raises:
         UserError: missing or damaged data, or datasets of different tokenizers.
     """
     paths = config.data.weighted_paths
     corpora = tuple(TokenCorpus.open(part.path) for part in paths)
+    validation = {name: TokenCorpus.open(path) for name, path in config.data.validation.items()}
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     origin = config.data.tokenizer or ""
-    for corpus in corpora:
+    for corpus in (*corpora, *validation.values()):
         own = corpus.tokenizer
         if own is None:
             continue
@@ -79,7 +83,7 @@ def open_corpora(config: Config) -> Corpora:
                 rule="all data of a run must come from one tokenizer",
                 remedy="tokenise the texts again with the same --tokenizer",
             )
-    return Corpora(corpora, tuple(part.weight for part in paths), tokenizer)
+    return Corpora(corpora, tuple(part.weight for part in paths), tokenizer, validation)
 
 
 def resolve_vocab_size(config: Config, corpora: Corpora) -> Config:
@@ -128,6 +132,8 @@ def open_run_data(
             evaluation_set(corpus, ranges[index])
             for corpus, ranges in zip(corpora.corpora, parts, strict=True)
         )
+    for name, corpus in corpora.validation.items():
+        held_out[name] = (evaluation_set(corpus, (0, corpus.num_tokens)),)
     return RunData(_blend(train, corpora.weights, config.run.seed), held_out)
 
 

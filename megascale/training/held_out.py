@@ -23,14 +23,17 @@ def evaluate_checkpoint(
     data: str | None = None,
     max_samples: int | None = None,
     baselines: bool = False,
+    weights: str = "trained",
 ) -> dict[str, object] | None:
     """Loss, perplexity and bits per byte; collective over the default process group.
 
     Args:
         path: checkpoint folder.
-        split: "train", "valid" or "test" of the run's data; ignored with `data`.
+        split: "train", "valid" or "test" of the run's data, or the name of a set of
+            data.validation; ignored with `data`.
         data: another prepared dataset, evaluated whole; its tokenizer must be the model's.
         max_samples: evaluate only the first so many samples of each corpus.
+        weights: which of the checkpoint's weights, see `LoadedModel`.
         baselines: add unigram and bigram entropies of the training part, nats per token.
 
     Returns:
@@ -40,7 +43,7 @@ def evaluate_checkpoint(
         UserError: damaged checkpoint, unknown split, or data of another tokenizer.
     """
     mesh = build_mesh(device.type)
-    model = LoadedModel(path, device)
+    model = LoadedModel(path, device, weights)
     corpora = _corpora(model, data)
     datasets = _whole(model, corpora) if data else _split(model, corpora, split)
     micro_batch_size = model.config.train.micro_batch_size
@@ -51,7 +54,7 @@ def evaluate_checkpoint(
     report: dict[str, object] = {
         "checkpoint": path,
         "step": model.step,
-        "data": data or f"{split} split",
+        "data": data or (f"set {split}" if split in corpora.validation else f"{split} split"),
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -85,13 +88,17 @@ def _corpora(model: LoadedModel, data: str | None) -> Corpora:
 
 
 def _split(model: LoadedModel, corpora: Corpora, split: str) -> list[FiniteSampleSource]:
+    if split in corpora.validation:
+        named = corpora.validation[split]
+        return [model.task.evaluation_set(corpora, named, (0, named.num_tokens))]
     config = model.config
     names = SPLIT_NAMES[: len(config.data.split)]
     if split not in names:
         raise UserError(
             f"--split {split}",
-            rule=f"data.split {list(config.data.split)} has the parts {', '.join(names)}",
-            remedy=f"use one of {', '.join(names)}",
+            rule=f"data.split {list(config.data.split)} has the parts {', '.join(names)}, "
+            f"data.validation the sets {', '.join(corpora.validation) or 'none'}",
+            remedy=f"use one of {', '.join((*names, *corpora.validation))}",
         )
     index = names.index(split)
     return [

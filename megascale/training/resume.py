@@ -56,8 +56,10 @@ def load_state(
     """
     saved = reader.manifest.state
     state = TrainState.from_dict(saved["train"])
-    fragments = list(engine.prepare_load(state.updates))
-    _check_model(reader, engine, fragments)
+    # before the first update (all steps skipped so far) there is no optimizer state
+    kinds = engine.state_kinds if state.updates else ("master",)
+    fragments = [f for f in engine.prepare_load(state.updates) if f.kind in kinds]
+    _check_model(reader, engine, fragments, kinds)
     with torch.no_grad():
         for fragment in fragments:
             reader.fill(fragment)
@@ -68,14 +70,16 @@ def load_state(
     return state, saved["callbacks"]
 
 
-def _check_model(reader: CheckpointReader, engine: Engine, fragments: list[Any]) -> None:
+def _check_model(
+    reader: CheckpointReader, engine: Engine, fragments: list[Any], kinds: tuple[str, ...]
+) -> None:
     # A rank may own nothing of some parameter; the names it does not see are checked by others.
     shapes = {f.name: f.global_shape for f in fragments}
     seen = dict(reader.manifest.parameters)
     names = {_plain(name) for name, _ in engine.module.named_parameters()}
     shapes.update({name: seen[name] for name in names & set(seen) if name not in shapes})
     shapes.update({name: () for name in names if name not in shapes})
-    reader.check_parameters(shapes, engine.state_kinds)
+    reader.check_parameters(shapes, kinds)
 
 
 def _plain(name: str) -> str:

@@ -37,8 +37,12 @@ class StepResult:
     """One line of metrics.jsonl: what one optimizer step gave, over all ranks.
 
     Attributes:
-        loss: mean over the targets of the global batch, nats.
-        grad_norm: global L2 norm before clipping.
+        loss: mean over the targets of the global batch, nats; what is minimised, so with label
+            smoothing and z-loss where the run has them.
+        grad_norm: global L2 norm before clipping; inf for a skipped step.
+        global_batch_size: samples of this step.
+        loss_scale: the factor of the loss in this step. skipped: its gradient overflowed, so the
+            weights were not changed; data and learning rate move on.
         step_time_s: wall-clock time of the step, seconds.
         mfu: model FLOPs per second over the measured or published peak, 0..1; None if unknown.
         memory_bytes: resident set of this process on CPU, peak allocated on GPU.
@@ -48,6 +52,7 @@ class StepResult:
     loss: float
     lr: float
     grad_norm: float
+    global_batch_size: int
     samples_seen: int
     tokens_seen: int
     step_time_s: float

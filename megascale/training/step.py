@@ -27,7 +27,6 @@ class StepParts:
     schedule: LearningRateSchedule
     mesh: ParallelMesh
     device: torch.device
-    global_batch_size: int
     tokens_per_sample: int
 
 
@@ -42,6 +41,7 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
         UserError: the loss is not finite (before any weight is changed).
     """
     started = time.perf_counter()
+    batch_size = parts.loader.batch_size.at(state.samples_seen)
     micro_batches = [
         {name: tensor.to(parts.device, non_blocking=True) for name, tensor in batch.items()}
         for batch in parts.loader.load(state.samples_seen)
@@ -57,18 +57,19 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
 
     state.step += 1
     state.updates += not outcome.skipped
-    state.samples_seen += parts.global_batch_size
-    state.tokens_seen += parts.global_batch_size * parts.tokens_per_sample
+    state.samples_seen += batch_size
+    state.tokens_seen += batch_size * parts.tokens_per_sample
     elapsed = time.perf_counter() - started
     return StepResult(
         step=state.step,
         loss=loss,
         lr=lr,
         grad_norm=outcome.grad_norm,
+        global_batch_size=batch_size,
         samples_seen=state.samples_seen,
         tokens_seen=state.tokens_seen,
         step_time_s=elapsed,
-        tokens_per_second=parts.global_batch_size * parts.tokens_per_sample / elapsed,
+        tokens_per_second=batch_size * parts.tokens_per_sample / elapsed,
         loss_scale=outcome.loss_scale,
         skipped=outcome.skipped,
     )

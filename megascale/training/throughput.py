@@ -24,7 +24,7 @@ class Throughput:
     def __call__(self, trainer: Trainer, result: StepResult) -> StepResult:
         """The result with mfu and memory_bytes."""
         parts = trainer.parts
-        flops = self._flops_per_sample * parts.global_batch_size
+        flops = self._flops_per_sample * result.global_batch_size
         peak = self._peak * parts.mesh.world_size
         mfu = flops / (result.step_time_s * peak)
         return replace(result, mfu=mfu, memory_bytes=memory_bytes(parts.device))

@@ -48,6 +48,8 @@ class Row:
 
 _VALIDATES = {"evaluation.interval": 1}
 _SGD = {"optimizer.name": "sgd"}
+_FP16 = {"precision.dtype": "fp16"}
+_OVERFLOWS = {**_FP16, "precision.initial_loss_scale_power": 40, "precision.hysteresis": 1}
 _ROPE = {"model.position_embedding": "rope"}
 _WINDOW = {"model.sliding_window": 3}
 # large weights, so that scores and logits reach the bounds and the turns matter
@@ -133,10 +135,24 @@ ROWS = (
     Row("data.mask_probability", 0.5, ("samples", "losses"), _BERT),
     Row("data.sentence_objective", "nsp", ("shapes", "samples", "losses"), _BERT),
     Row("data.sentence_objective", "sop", ("shapes", "samples", "losses"), _BERT),
+    Row("data.validation", {"other": "{other}"}, ("validations",)),
     Row("train.global_batch_size", 8, ("samples", "samples_seen")),
     Row("train.micro_batch_size", 4, ("micro_batches",)),
     Row("train.max_steps", 2, ("losses", "checkpoints")),
+    Row(
+        "train.batch_size_ramp",
+        {"start": 2, "increment": 2, "samples": 4},
+        ("samples_seen", "losses"),
+    ),
+    Row("train.label_smoothing", 0.5, ("losses",)),
+    Row("train.z_loss", 0.1, ("losses",)),
+    Row("train.ema_decay", 0.5, ("saved_kinds",)),
     Row("optimizer.name", "sgd", ("losses", "state")),
+    Row("optimizer.name", "lion", ("losses", "state")),
+    Row("optimizer.name", "lamb", ("losses",)),
+    Row("optimizer.name", "adafactor", ("losses", "state")),
+    Row("optimizer.name", "muon", ("losses", "state")),
+    Row("optimizer.layer_lr_decay", 0.5, ("losses",)),
     Row("optimizer.lr", 2e-2, ("lrs", "losses")),
     Row("optimizer.betas", [0.5, 0.6], ("losses",)),
     Row("optimizer.eps", 1e-2, ("losses",)),
@@ -151,9 +167,16 @@ ROWS = (
     Row("schedule.min_lr", 5e-3, ("lrs",)),
     Row("schedule.decay_steps", 2, ("lrs",)),
     Row("precision.dtype", "bf16", ("dtype", "losses")),
-    Row("precision.dtype", "fp16", refused=_NOT_BUILT),
+    Row("precision.dtype", "fp16", ("dtype", "losses", "loss_scales")),
+    Row("precision.loss_scale", 8.0, ("loss_scales",), _FP16),
+    Row("precision.initial_loss_scale_power", 10, ("loss_scales",), _FP16),
+    Row("precision.loss_scale_window", 1, ("loss_scales",), _FP16),
+    Row("precision.hysteresis", 3, ("loss_scales",), _OVERFLOWS),
+    Row("precision.min_loss_scale", 2.0**39, ("ended",), _OVERFLOWS),
     Row("parallel.engine", "torch", ("engine",), {"parallel.zero_stage": 1}),
     Row("parallel.zero_stage", 3, ("engine",), {"parallel.engine": "torch"}),
+    Row("parallel.offload_optimizer", True, ("offloaded",), {"parallel.zero_stage": 1}),
+    Row("parallel.offload_parameters", True, ("offloaded",), {"parallel.zero_stage": 3}),
     Row("parallel.tensor_parallel_size", 2, ("modules", "local_shapes"), world=2),
     Row(
         "parallel.sequence_parallel",
@@ -170,6 +193,8 @@ ROWS = (
     Row("parallel.context_parallel_size", 2, refused=_NOT_BUILT),
     Row("evaluation.interval", 2, ("validations",)),
     Row("evaluation.max_samples", 1, ("validations",)),
+    Row("evaluation.prompts", ["the quick"], ("texts",)),
+    Row("evaluation.sample_tokens", 3, ("texts",), {"evaluation.prompts": ["the", "fox"]}),
     Row(
         "evaluation.early_stop_patience",
         1,
@@ -186,6 +211,7 @@ ROWS = (
     Row("checkpoint.save_interval", 1, ("checkpoints",)),
     Row("checkpoint.keep_last", 1, ("checkpoints",), {"checkpoint.save_interval": 1}),
     Row("checkpoint.init_from", "{weights}", ("losses",)),
+    Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),
 )
@@ -221,6 +247,7 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
     batches = loader.load(0)
     seen: dict[str, Any] = {
         "device": device.type,
+        "ended": "",
         "engine": type(engine).__name__,
         "dtype": str(next(iter(engine.module.parameters())).dtype),
         "modules": sorted({type(module).__name__ for module in engine.module.modules()}),
@@ -231,8 +258,13 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
         "micro_batches": [tuple(batch["input_ids"].shape) for batch in batches],
         "samples": [[sorted((k, v.tolist()) for k, v in batch.items())] for batch in batches],
     }
+    zero = getattr(engine, "_zero", None)
+    offloading = ("cpu_offload", "offload_optimizer", "offload_param")
+    seen["offloaded"] = [bool(getattr(zero, name, False)) for name in offloading]
     try:
         run.trainer.fit()
+    except UserError as error:
+        seen["ended"] = str(error)
     finally:
         seen["state"] = sorted({f.kind for f in engine.fragments(engine.state_kinds)})
         engine.close()
@@ -241,16 +273,20 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _written(output: str, folder: str, console: str, trainer: Any) -> dict[str, Any]:
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    manifests = sorted(Path(output).glob("checkpoints/*/manifest.json"))
     return {
         "losses": [line["loss"] for line in lines],
         "lrs": [line["lr"] for line in lines],
         "grad_norms": [line["grad_norm"] for line in lines],
         "samples_seen": [line["samples_seen"] for line in lines],
+        "loss_scales": [line["loss_scale"] for line in lines],
         "console": [
             line.split("  loss")[0] for line in console.splitlines() if "grad norm" in line
         ],
-        "validations": [line for line in console.splitlines() if "valid loss" in line],
-        "checkpoints": sorted(path.name for path in (Path(output) / "checkpoints").iterdir()),
+        "validations": [line for line in console.splitlines() if "perplexity" in line],
+        "checkpoints": sorted(path.parent.name for path in manifests),
+        "saved_kinds": [json.loads(path.read_text())["kinds"] for path in manifests],
+        "texts": [path.read_text() for path in Path(output).glob("samples.jsonl")],
         "stop": trainer.stop_reason,
         # an event file's name has a time and a process number in it
         "files": sorted(
@@ -281,10 +317,14 @@ class Observer:
         tree["checkpoint"]["save_interval"] = 0
         for path, value in changes.items():
             section, _, name = path.partition(".")
-            if isinstance(value, str):
-                value = value.format(folder=folder, **self.names)
+            value = self._filled(value, folder)
             tree.setdefault(section, {})[name] = value
         return self.pools(world).run(observe, tree=tree, folder=str(folder))[0]
+
+    def _filled(self, value: Any, folder: Path) -> Any:
+        if isinstance(value, dict):
+            return {key: self._filled(item, folder) for key, item in value.items()}
+        return value.format(folder=folder, **self.names) if isinstance(value, str) else value
 
     def base(self, changes: Mapping[str, Any], world: int = 1) -> dict[str, Any]:
         """The run that a change is compared with."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from megascale.checkpoint.manager import CheckpointManager
 from megascale.cli.config import all_checks
 from megascale.config.load import load_config
 from megascale.config.schema import Config
+from megascale.data.batch_size import batch_size_schedule
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
-from megascale.parallel.fragment import global_runs
+from megascale.parallel.fragment import Fragment, global_runs
 from megascale.parallel.mesh import ParallelMesh, build_mesh
 from megascale.parallel.tensor_parallel import Placement
 from megascale.training.assemble import assemble_engine, build_schedule, evaluation_loaders
@@ -55,11 +56,11 @@ class _Recorder:
         return getattr(self._engine, name)
 
     def step(self, lr: float) -> StepOutcome:
-        self.gradients.append(_pieces(self._engine, "grad"))
+        self.gradients.append(pieces_of(self._engine.fragments(["grad"])))
         return self._engine.step(lr)
 
 
-def _pieces(engine: Engine, kind: str) -> list[Piece]:
+def pieces_of(fragments: Iterable[Fragment]) -> list[Piece]:
     return [
         (
             f.name,
@@ -67,7 +68,7 @@ def _pieces(engine: Engine, kind: str) -> list[Piece]:
             global_runs(f.global_shape, f.box, f.start, f.numel),
             f.tensor.float().numpy().copy(),
         )
-        for f in engine.fragments([kind])
+        for f in fragments
     ]
 
 
@@ -110,7 +111,7 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
     train = config.train
     loader = BatchLoader(
         data.train,
-        train.global_batch_size,
+        batch_size_schedule(config.train),
         train.micro_batch_size,
         mesh.dp_rank,
         mesh.dp_size,
@@ -122,7 +123,6 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
         schedule=build_schedule(config),
         mesh=mesh,
         device=cpu,
-        global_batch_size=train.global_batch_size,
         tokens_per_sample=task.tokens_per_sample(),
     )
     valid = evaluation_loaders(data.held_out["valid"], train.micro_batch_size, mesh)
@@ -154,7 +154,7 @@ def record_rank(settings: Mapping[str, Any], steps: int, evaluate_every: int = 0
         "losses": [loss for loss, _ in curve],
         "norms": [norm for _, norm in curve],
         "gradients": setup.engine.gradients,
-        "weights": _pieces(setup.engine, "master"),
+        "weights": pieces_of(setup.engine.fragments(["master"])),
         "sample_ids": ids,
         "dp_rank": setup.mesh.dp_rank,
         "valid": (valid.loss, valid.tokens),
@@ -204,8 +204,10 @@ def merge(ranks: list[dict[str, Any]]) -> Record:
     return Record(
         losses=ranks[0]["losses"],
         norms=ranks[0]["norms"],
-        gradients=[_full([piece for r in ranks for piece in r["gradients"][s]]) for s in steps],
-        weights=_full([piece for r in ranks for piece in r["weights"]]),
+        gradients=[
+            full_tensors([piece for r in ranks for piece in r["gradients"][s]]) for s in steps
+        ],
+        weights=full_tensors([piece for r in ranks for piece in r["weights"]]),
         sample_ids=[_by_dp_rank(ranks, s) for s in steps],
         valid=ranks[0]["valid"],
     )
@@ -220,7 +222,8 @@ def _by_dp_rank(ranks: list[dict[str, Any]], step: int) -> list[int]:
     return [i for dp_rank in sorted(by_replica) for i in by_replica[dp_rank]]
 
 
-def _full(pieces: list[Piece]) -> dict[str, np.ndarray]:
+def full_tensors(pieces: list[Piece]) -> dict[str, np.ndarray]:
+    """Whole tensors from their pieces; every element must be there exactly once."""
     tensors: dict[str, np.ndarray] = {}
     covered: dict[str, np.ndarray] = {}
     for name, shape, (begins, lengths), values in pieces:

@@ -28,6 +28,8 @@ LINEAR = ROPE + "model.rope_scaling=linear model.rope_scaling_factor=2 "
 LLAMA3 = ROPE + "model.rope_scaling=llama3 model.rope_scaling_factor=8 "
 HEADS = "model.hidden_size=96 model.num_attention_heads="
 SGD = "optimizer.name=sgd "
+FP16 = "precision.dtype=fp16 "
+RAMP = 'train.batch_size_ramp={{"start":{},"increment":{},"samples":90}}'.format
 NO_VALID = "data.split=[1.0] "
 BATCH = "train.global_batch_size={} train.micro_batch_size={}".format
 
@@ -192,6 +194,17 @@ CASES: dict[str, list[Case]] = {
             "[1.0]",
         ),
         Case(NO_VALID + "evaluation.max_samples=5", "evaluation.max_samples", NO_VALID),
+        Case(
+            NO_VALID + "evaluation.interval=5",
+            "evaluation.interval",
+            NO_VALID + 'evaluation.interval=5 data.validation={"books":"b"}',
+            "no data.validation",
+        ),
+        Case(
+            NO_VALID + "evaluation.interval=5",
+            "evaluation.interval",
+            NO_VALID + "evaluation.interval=5 evaluation.prompts=[a]",
+        ),
     ],
     "stopping_needs_interval": [
         Case(
@@ -215,9 +228,87 @@ CASES: dict[str, list[Case]] = {
     ],
     "ignored:optimizer.betas": [
         Case(SGD + "optimizer.betas=[0.8,0.9]", "optimizer.betas", "optimizer.betas=[0.8,0.9]"),
+        Case(
+            "optimizer.name=adafactor optimizer.betas=[0.8,0.9]",
+            "optimizer.betas",
+            "optimizer.name=lion optimizer.betas=[0.8,0.9]",
+        ),
     ],
     "ignored:optimizer.eps": [
         Case(SGD + "optimizer.eps=1e-3", "optimizer.eps", "optimizer.eps=1e-3"),
+        Case(
+            "optimizer.name=lion optimizer.eps=1e-3",
+            "optimizer.eps",
+            "optimizer.name=lamb optimizer.eps=1e-3",
+        ),
+    ],
+    "loss_scale_needs_fp16": [
+        Case("precision.loss_scale=8", "precision.loss_scale", FP16 + "precision.loss_scale=8"),
+        Case(
+            "precision.dtype=bf16 precision.hysteresis=3",
+            "precision.hysteresis",
+            FP16 + "precision.hysteresis=3",
+            "only in fp16; precision.dtype is bf16",
+        ),
+    ],
+    "static_loss_scale_stands_alone": [
+        Case(
+            FP16 + "precision.loss_scale=8 precision.loss_scale_window=9",
+            "precision.loss_scale_window",
+            FP16 + "precision.loss_scale_window=9",
+            "is 0, not 8",
+        ),
+    ],
+    "loss_scale_starts_in_bounds": [
+        Case(
+            FP16 + "precision.initial_loss_scale_power=2 precision.min_loss_scale=5",
+            "precision.min_loss_scale",
+            FP16 + "precision.initial_loss_scale_power=2 precision.min_loss_scale=4",
+            "= 4",
+        ),
+    ],
+    "ramp_reaches_batch": [
+        Case(RAMP(32, 4), "train.batch_size_ramp", RAMP(28, 4), "global_batch_size = 32"),
+        Case(RAMP(8, 16), "train.batch_size_ramp", RAMP(8, 12), "32 - 8 = 24"),
+    ],
+    "ramp_fits_micro_batch": [
+        Case(RAMP(4, 14), "train.batch_size_ramp", RAMP(4, 28), "increment: 16"),
+        Case(RAMP(8, 12), "train.batch_size_ramp", RAMP(8, 24), "4 * 2 = 8", world_size=2),
+    ],
+    "prompts_need_gpt": [
+        Case(
+            "model.family=bert evaluation.prompts=[a]",
+            "evaluation.prompts",
+            "evaluation.prompts=[a]",
+            "bert model does not continue",
+        ),
+    ],
+    "best_is_a_metric": [
+        Case(
+            "checkpoint.keep_best=loss evaluation.interval=5",
+            "checkpoint.keep_best",
+            "checkpoint.keep_best=valid_loss evaluation.interval=5",
+            "one of valid_loss",
+        ),
+        Case(
+            NO_VALID + "checkpoint.keep_best=valid_loss",
+            "checkpoint.keep_best",
+            "",
+            "data.split a second part",
+        ),
+        Case(
+            "checkpoint.keep_best=books_loss evaluation.interval=5",
+            "checkpoint.keep_best",
+            'checkpoint.keep_best=books_loss evaluation.interval=5 data.validation={"books":"b"}',
+        ),
+        Case("checkpoint.keep_best=valid_loss", "checkpoint.keep_best", "", "interval is 0"),
+    ],
+    "ignored:evaluation.sample_tokens": [
+        Case(
+            "evaluation.sample_tokens=9",
+            "evaluation.sample_tokens",
+            'evaluation.sample_tokens=9 evaluation.prompts=[""]',
+        ),
     ],
     "ignored:schedule.decay_steps": [
         Case(
@@ -341,10 +432,6 @@ CASES: dict[str, list[Case]] = {
             "two segments",
         ),
     ],
-    "not_built:precision.dtype": [
-        Case("precision.dtype=fp16", "precision.dtype", "precision.dtype=bf16", "fp16 training"),
-        Case("precision.dtype=fp16", "precision.dtype", "precision.dtype=fp32", "fp32 or bf16"),
-    ],
     "not_built:parallel.pipeline_parallel_size": [
         Case(
             "parallel.pipeline_parallel_size=2",
@@ -401,10 +488,14 @@ def test_every_check_reads_settings_that_exist() -> None:
     ("name", "case"), [(n, case) for n, cases in CASES.items() for case in cases]
 )
 def test_rule(name: str, case: Case) -> None:
-    """The case breaks this one rule and, among all rules, only this one; its neighbour none."""
+    """The case breaks this one rule and, among all rules, only this one; its neighbour none.
+
+    What is not built yet may be refused beside it.
+    """
     check = next(check for check in DEFAULT_CHECKS if check.name == name)
     for checks in ((check,), DEFAULT_CHECKS):
-        (problem,) = found_by(case.bad, case.world_size, checks)
+        found = found_by(case.bad, case.world_size, checks)
+        (problem,) = [p for p in found if p.path == case.path or "not built yet" not in p.rule]
         assert problem.path == case.path
         assert case.words in f"{problem.rule} {problem.hint}"
         assert problem.hint

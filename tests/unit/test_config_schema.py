@@ -195,6 +195,48 @@ def test_split_takes_fractions_of_one(split: list[float]) -> None:
     assert config.data.has_validation == (len(split) > 1)
 
 
+def test_named_validation_sets() -> None:
+    config = build(data={"path": "d", "split": [1.0], "validation": {"books": "b", "code_2": "c"}})
+    assert config.data.validation_names == ("books", "code_2")
+    assert config.data.has_validation
+    assert build(data={"path": "d", "validation": {"x": "b"}}).data.validation_names == (
+        "valid",
+        "x",
+    )
+
+
+@pytest.mark.parametrize(
+    ("validation", "said"),
+    [
+        ({"valid": "b"}, "part of data.split"),
+        ({"test": "b", "x": "y"}, "part of data.split"),
+        ({"a/b": "c"}, "pattern"),
+        ({"2": "c"}, "pattern"),
+        ({"a": ""}, "empty|character"),
+        ({"a": 3}, "string"),
+        (["a"], "dict"),
+    ],
+)
+def test_named_validation_refuses(validation: object, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        build(data={"path": "d", "validation": validation})
+
+
+@pytest.mark.parametrize(
+    "ramp",
+    [
+        {"start": 4, "increment": 4},
+        {"start": 0, "increment": 4, "samples": 9},
+        {"start": 4, "increment": 4, "samples": 9, "more": 1},
+        [4, 4, 9],
+        True,
+    ],
+)
+def test_batch_size_ramp_refuses(ramp: object) -> None:
+    with pytest.raises(ValidationError):
+        build(train={"batch_size_ramp": ramp})
+
+
 @pytest.mark.parametrize("betas", [[0.9], [0.9, 0.95, 0.99], [0.9, 1.0], [-0.1, 0.9], 0.9, "ab"])
 def test_betas_refuse(betas: object) -> None:
     with pytest.raises(ValidationError):

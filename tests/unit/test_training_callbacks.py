@@ -23,6 +23,7 @@ RESULT = StepResult(
     loss=2.0,
     lr=0.1,
     grad_norm=3.0,
+    global_batch_size=4,
     samples_seen=4,
     tokens_seen=64,
     step_time_s=0.5,
@@ -184,7 +185,14 @@ class _Manager:
     def __init__(self) -> None:
         self.saved: list[tuple[int, dict[str, Any]]] = []
 
-    def save(self, step: int, fragments: Any, state: dict[str, Any], attachments: Any) -> str:
+    def save(
+        self,
+        step: int,
+        fragments: Any,
+        state: dict[str, Any],
+        attachments: Any,
+        keep: int | None = None,
+    ) -> str:
         self.saved.append((step, state))
         return f"step_{step}"
 

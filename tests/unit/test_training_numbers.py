@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megascale.data.batch_size import BatchSizeSchedule
 from megascale.engine.protocol import MicroBatch, StepOutcome
 from megascale.errors import UserError
 from megascale.training.evaluation import EvaluationResult, evaluate
@@ -106,6 +107,8 @@ class _Engine:
 
 
 class _Loader:
+    batch_size: BatchSizeSchedule
+
     def __init__(self) -> None:
         self.asked: list[int] = []
 
@@ -118,13 +121,13 @@ class _Loader:
 
 
 def _parts(engine: _Engine, loader: _Loader, dp_size: int = 1) -> StepParts:
+    loader.batch_size = BatchSizeSchedule(4 * dp_size)
     parts: Any = SimpleNamespace(
         engine=engine,
         loader=loader,
         schedule=SimpleNamespace(lr_at=lambda step: 0.1 * (step + 1)),
         mesh=_Mesh(dp_size),
         device=CPU,
-        global_batch_size=4 * dp_size,
         tokens_per_sample=2,
     )
     return parts

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from megascale.parallel.fragment import Fragment
 from megascale.training.state import StepResult
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ class Callback:
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Once, after the last step of a run that ended by itself."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Tensors to save with a checkpoint beside the engine's; each part on one rank only."""
+        return iter(())
 
     def close(self) -> None:
         """Always, also after an error: release files and threads."""

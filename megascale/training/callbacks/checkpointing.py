@@ -1,12 +1,15 @@
-"""Saving at an interval and at the end."""
+"""Saving at an interval, at the best validation, and at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megascale.checkpoint.manager import CheckpointManager
+from megascale.parallel.fragment import Fragment
 from megascale.training.callbacks.base import Callback
+from megascale.training.evaluation import EvaluationResult
 from megascale.training.state import StepResult
 from megascale.training.trainer import Trainer
 
@@ -19,6 +22,8 @@ class CheckpointCallback(Callback):
         interval: steps between two checkpoints; 0: only at the end.
         constants: JSON values about the run that a resume compares or needs (data fingerprint).
         attachments: small files to store with each checkpoint.
+        keep_best: name of the validation set whose best step is saved, and never pruned; None:
+            no step is better than another.
     """
 
     name = "checkpoint"
@@ -29,26 +34,53 @@ class CheckpointCallback(Callback):
         interval: int,
         constants: Mapping[str, Any],
         attachments: Mapping[str, bytes],
+        keep_best: str | None = None,
     ) -> None:
         self._manager = manager
         self._interval = interval
         self._constants = constants
         self._attachments = attachments
+        self._keep_best = keep_best
+        self._best_loss: float | None = None
+        self._best_step = -1
         self._saved_step = -1
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """The step that was resumed from is saved already."""
         self._saved_step = trainer.state.step
 
+    def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
+        """Remember the best step; it is saved when the step ends, or the run."""
+        if split != self._keep_best:
+            return
+        finite = math.isfinite(result.loss)  # NaN would never be undercut
+        if finite and (self._best_loss is None or result.loss < self._best_loss):
+            self._best_loss, self._best_step = result.loss, trainer.state.step
+
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Every `interval` steps."""
-        if self._interval and result.step % self._interval == 0:
+        """Every `interval` steps, and where the validation was the best so far."""
+        if (self._interval and result.step % self._interval == 0) or result.step == self._best_step:
             self._save(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """At the end, unless the last step is saved already."""
         if self._saved_step != trainer.state.step:
             self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation and its step."""
+        if self._best_loss is None:
+            return {}
+        return {
+            "best_of": self._keep_best,
+            "best_loss": self._best_loss,
+            "best_step": self._best_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Callback.load_state_dict`."""
+        if state["best_of"] == self._keep_best:
+            self._best_loss, self._best_step = state["best_loss"], int(state["best_step"])
 
     def _save(self, trainer: Trainer) -> None:
         engine = trainer.parts.engine
@@ -60,7 +92,14 @@ class CheckpointCallback(Callback):
         }
         step = trainer.state.step
         path = self._manager.save(
-            step, engine.fragments(engine.state_kinds), state, self._attachments
+            step, _fragments(trainer), state, self._attachments, keep=self._best_step
         )
         self._saved_step = step
         trainer.say(f"checkpoint of step {step} saved to {path}")
+
+
+def _fragments(trainer: Trainer) -> Iterator[Fragment]:
+    engine = trainer.parts.engine
+    yield from engine.fragments(engine.state_kinds)
+    for callback in trainer.callbacks:
+        yield from callback.fragments()

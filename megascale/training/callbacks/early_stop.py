@@ -17,11 +17,19 @@ class EarlyStopCallback(Callback):
         patience: validations without improvement before the run ends; None: never.
         min_delta: decrease that counts as improvement, nats per token.
         target_loss: loss at which the run ends; None: never.
+        watched: name of the validation set that decides.
     """
 
     name = "early_stop"
 
-    def __init__(self, patience: int | None, min_delta: float, target_loss: float | None) -> None:
+    def __init__(
+        self,
+        patience: int | None,
+        min_delta: float,
+        target_loss: float | None,
+        watched: str = "valid",
+    ) -> None:
+        self._watched = watched
         self._patience = patience
         self._min_delta = min_delta
         self._target = target_loss
@@ -30,6 +38,8 @@ class EarlyStopCallback(Callback):
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """The loss is the same on every rank, so all ranks decide alike."""
+        if split != self._watched:
+            return
         finite = math.isfinite(result.loss)  # NaN would never be undercut
         if finite and (self._best is None or result.loss < self._best - self._min_delta):
             self._best, self._without_improvement = result.loss, 0

@@ -19,7 +19,9 @@ from megascale.training.trainer import Trainer
 
 
 class MetricsFileCallback(Callback):
-    """Appends each step to `path`; the line of a validated step also has valid_loss.
+    """Appends each step to `path`; the line of a validated step also has the validations.
+
+    They are NAME_loss, NAME_perplexity and NAME_tokens for each validation set.
 
     Must come after the validation in the list of callbacks.
     """
@@ -41,7 +43,9 @@ class MetricsFileCallback(Callback):
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Remember the validation for the line of this step."""
-        self._evaluation = {f"{split}_loss": result.loss, f"{split}_tokens": result.tokens}
+        self._evaluation[f"{split}_loss"] = result.loss
+        self._evaluation[f"{split}_perplexity"] = result.perplexity
+        self._evaluation[f"{split}_tokens"] = result.tokens
         self._evaluation |= {f"{split}_{name}": value for name, value in result.metrics.items()}
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:

@@ -15,6 +15,7 @@ _TAGS = {
     "loss": "train/loss",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
+    "global_batch_size": "train/global_batch_size",
     "loss_scale": "train/loss_scale",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
@@ -51,9 +52,10 @@ class TensorBoardCallback(Callback):
                     self._writer.add_scalar(tag, value, result.step)
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
-        """Add the validation loss and the task's own metrics."""
+        """Add the validation's loss and perplexity, and the task's own metrics."""
         if self._writer is not None:
-            for name, value in {"loss": result.loss, **result.metrics}.items():
+            scalars = {"loss": result.loss, "perplexity": result.perplexity, **result.metrics}
+            for name, value in scalars.items():
                 self._writer.add_scalar(f"{split}/{name}", value, trainer.state.step)
 
     def close(self) -> None:

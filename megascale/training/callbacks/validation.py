@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megascale.data.loader import EvaluationLoader
 from megascale.training.callbacks.base import Callback
@@ -12,16 +12,16 @@ from megascale.training.trainer import Trainer
 
 
 class ValidationCallback(Callback):
-    """Evaluates on the validation split and tells the other callbacks.
+    """Evaluates on every validation set and tells the other callbacks.
 
     Args:
-        loaders: the split's samples, one loader a corpus; empty when there is no such split.
+        loaders: the samples of each set by its name, one loader a corpus; empty without any set.
         interval: steps between two validations; 0: only at the end.
     """
 
     name = "validation"
 
-    def __init__(self, loaders: Sequence[EvaluationLoader], interval: int) -> None:
+    def __init__(self, loaders: Mapping[str, Sequence[EvaluationLoader]], interval: int) -> None:
         self._loaders = loaders
         self._interval = interval
         self._last_step = -1
@@ -38,10 +38,9 @@ class ValidationCallback(Callback):
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
-        if not self._loaders:
-            return
         self._last_step = trainer.state.step
         parts = trainer.parts
-        result = evaluate(parts.engine, self._loaders, parts.mesh, parts.device)
-        for callback in trainer.callbacks:
-            callback.on_evaluation(trainer, "valid", result)
+        for name, loaders in self._loaders.items():
+            result = evaluate(parts.engine, loaders, parts.mesh, parts.device)
+            for callback in trainer.callbacks:
+                callback.on_evaluation(trainer, name, result)

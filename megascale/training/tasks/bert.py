@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ from megascale.models.bert_heads import MaskedLMHead, SentenceHead
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import bert_flops_per_token
 from megascale.models.initialization import initialize
-from megascale.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
+from megascale.parallel.cross_entropy import vocab_parallel_argmax
 from megascale.parallel.tensor_parallel import (
     Placement,
     Plan,
@@ -38,7 +39,7 @@ from megascale.training.datasets import (
     open_run_data,
     require_mode,
 )
-from megascale.training.losses import whole_cross_entropy
+from megascale.training.losses import TokenLoss, VocabularyPart
 
 
 def bert_config(model: ModelConfig) -> BERTConfig:
@@ -69,9 +70,16 @@ class BERTModule(nn.Module):
         config: the model.
         seed: the run's seed, from which dropout masks follow.
         sentence_objective: "nsp" or "sop" add pooler and classifier; "none" does not.
+        loss: of the masked tokens.
     """
 
-    def __init__(self, config: BERTConfig, seed: int, sentence_objective: str) -> None:
+    def __init__(
+        self,
+        config: BERTConfig,
+        seed: int,
+        sentence_objective: str,
+        loss: TokenLoss | None = None,
+    ) -> None:
         super().__init__()
         self.seed = seed
         self.model = BERT(config)
@@ -81,9 +89,7 @@ class BERTModule(nn.Module):
         if sentence_objective != "none":
             self.sentence_head = SentenceHead(config)
             self.objectives += (sentence_objective,)
-        self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
-            whole_cross_entropy
-        )
+        self.loss = loss or TokenLoss()
         self.most_likely: Callable[[torch.Tensor], torch.Tensor] = _argmax
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
 
@@ -130,11 +136,11 @@ class BERTModule(nn.Module):
             input_ids, token_type_ids, attention_mask, sample_ids, chosen
         )
         targets = labels[chosen]
-        losses = [self.cross_entropy(tokens, targets)]
+        losses = [self.loss(tokens, targets, training=self.training)]
         counts = [chosen.sum()]
         if sentence is not None:
             assert sentence_labels is not None
-            losses.append(whole_cross_entropy(sentence, sentence_labels))
+            losses.append(TokenLoss()(sentence, sentence_labels, training=False))
             counts.append((sentence_labels != IGNORE_LABEL).sum())
         sums, numbers = torch.stack(losses), torch.stack(counts)
         if self.training:
@@ -177,7 +183,9 @@ class BERTTask:
     def build_module(self) -> BERTModule:
         """See `Task.build_module`."""
         objective = self._config.data.sentence_objective
-        return BERTModule(self._bert, self._config.run.seed, objective)
+        train = self._config.train
+        loss = TokenLoss(train.label_smoothing, train.z_loss)
+        return BERTModule(self._bert, self._config.run.seed, objective, loss)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         """See `Task.blocks`."""
@@ -190,9 +198,8 @@ class BERTTask:
         first_id, _ = interval(
             self._bert.vocab_size, 1, tensor.rank, tensor.size, "model.vocab_size"
         )
-        module.cross_entropy = partial(
-            vocab_parallel_cross_entropy, first_id=first_id, group=tensor.group
-        )
+        part = VocabularyPart(first_id, self._bert.vocab_size, tensor.group)
+        module.loss = replace(module.loss, part=part)
         module.most_likely = partial(vocab_parallel_argmax, first_id=first_id, group=tensor.group)
         return parallelize(module, bert_plan(self._bert), tensor)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,6 @@ from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
-from megascale.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megascale.parallel.tensor_parallel import (
     Placement,
     Plan,
@@ -36,7 +36,7 @@ from megascale.training.datasets import (
     open_run_data,
     require_mode,
 )
-from megascale.training.losses import whole_cross_entropy
+from megascale.training.losses import TokenLoss, VocabularyPart
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -90,19 +90,18 @@ class GPTModule(nn.Module):
     Args:
         config: the model.
         seed: the run's seed, from which dropout masks follow.
+        loss: what is minimised.
     """
 
     objectives = ("next_token",)
 
-    def __init__(self, config: GPTConfig, seed: int) -> None:
+    def __init__(self, config: GPTConfig, seed: int, loss: TokenLoss | None = None) -> None:
         super().__init__()
         self.seed = seed
+        self.loss = loss or TokenLoss()
         self.model = GPT(config)
         self.head = LMHead(
             config.hidden_size, config.vocab_size, config.tie_word_embeddings, config.logit_softcap
-        )
-        self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
-            whole_cross_entropy
         )
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
 
@@ -125,14 +124,20 @@ class GPTModule(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the cross-entropies in nats, and their number (labels of -100 do not count)."""
+        """Sum of the losses in nats, and their number (labels of -100 do not count).
+
+        Without labels: the logits (B, T, V), and 0. Under ZeRO-3 an engine's forward is the only
+        way to them, since it is what gathers the weights.
+        """
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
-        loss_sum = self.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if labels is None:
+            return self.loss.whole(logits), torch.zeros((), device=logits.device)
+        loss_sum = self.loss(logits, labels, training=self.training)
         return loss_sum, (labels != IGNORE_LABEL).sum()
 
 
@@ -179,7 +184,9 @@ class GPTTask:
 
     def build_module(self) -> GPTModule:
         """See `Task.build_module`."""
-        return GPTModule(self._gpt, self._config.run.seed)
+        train = self._config.train
+        loss = TokenLoss(train.label_smoothing, train.z_loss)
+        return GPTModule(self._gpt, self._config.run.seed, loss)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
         """See `Task.blocks`."""
@@ -192,9 +199,8 @@ class GPTTask:
         first_id, _ = interval(
             self._gpt.vocab_size, 1, tensor.rank, tensor.size, "model.vocab_size"
         )
-        module.cross_entropy = partial(
-            vocab_parallel_cross_entropy, first_id=first_id, group=tensor.group
-        )
+        part = VocabularyPart(first_id, self._gpt.vocab_size, tensor.group)
+        module.loss = replace(module.loss, part=part)
         return parallelize(module, gpt_plan(self._gpt), tensor)
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:

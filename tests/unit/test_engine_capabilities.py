@@ -1,0 +1,113 @@
+"""The table of what may be combined: what each row refuses, by name and by `auto`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megascale.cli.config import all_checks
+from megascale.config.load import load_config
+from megascale.config.problems import ConfigError, Problem
+from megascale.engine.capabilities import REFUSALS, choose_engine, require_allowed
+
+
+def problems(overrides: str) -> tuple[Problem, ...]:
+    try:
+        load_config({"data": {"path": "d"}}, overrides.split(), checks=all_checks())
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def chosen(overrides: str, device: str) -> str:
+    config = load_config({"data": {"path": "d"}}, overrides.split(), checks=all_checks())
+    require_allowed(config, device)
+    return choose_engine(config, device)
+
+
+ZERO = "parallel.zero_stage="
+FP16 = "precision.dtype=fp16 "
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "engine"),
+    [
+        ("", "cpu", "torch"),
+        (ZERO + "1", "cpu", "deepspeed"),
+        (FP16 + ZERO + "0", "cuda", "torch"),
+        (FP16 + ZERO + "2", "cpu", "torch"),
+        (FP16 + ZERO + "2", "cuda", "deepspeed"),
+        ("optimizer.name=lion " + ZERO + "3", "cpu", "deepspeed"),
+        ("optimizer.name=lamb " + ZERO + "3", "cuda", "torch"),
+        ("optimizer.name=muon", "cpu", "torch"),
+        ("parallel.offload_optimizer=true " + ZERO + "1", "cuda", "deepspeed"),
+        ("parallel.offload_parameters=true " + ZERO + "3", "cpu", "deepspeed"),
+    ],
+)
+def test_auto_takes_the_engine_that_is_right(overrides: str, device: str, engine: str) -> None:
+    assert chosen(overrides, device) == engine
+
+
+DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (DEEPSPEED + ZERO + "0", "with parallel.zero_stage as given"),
+        (DEEPSPEED + FP16 + ZERO + "1 run.device=cpu", "is_fp16_supported"),
+        (DEEPSPEED + "optimizer.name=lamb " + ZERO + "1", "flat shards"),
+        (DEEPSPEED + "optimizer.name=muon " + ZERO + "1", "flat shards"),
+        (TORCH + "optimizer.name=muon " + ZERO + "1", "whole matrix"),
+        (TORCH + "optimizer.name=adafactor " + ZERO + "3", "whole matrix"),
+        (TORCH + "optimizer.name=muon parallel.tensor_parallel_size=2", "whole matrix"),
+        (TORCH + "parallel.offload_optimizer=true " + ZERO + "1", "offloading"),
+        (TORCH + "parallel.offload_parameters=true " + ZERO + "3", "offloading"),
+        (DEEPSPEED + "parallel.offload_parameters=true " + ZERO + "2", "only ZeRO stage 3"),
+    ],
+)
+def test_an_engine_by_name_is_refused_with_the_reason(overrides: str, words: str) -> None:
+    (problem,) = problems(overrides)
+    assert problem.path == "parallel.engine"
+    assert words in problem.rule
+    assert problem.hint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        ("optimizer.name=muon " + ZERO + "1", "optimizer.name", "deepspeed: .*torch: "),
+        ("optimizer.name=adafactor " + ZERO + "2", "optimizer.name", "zero_stage=0"),
+        ("parallel.offload_optimizer=true", "parallel.offload_optimizer", "stage 0.*offloading"),
+        (
+            "parallel.offload_parameters=true " + ZERO + "2",
+            "parallel.offload_parameters",
+            "only ZeRO stage 3",
+        ),
+        (
+            "optimizer.name=lamb parallel.offload_optimizer=true " + ZERO + "1",
+            "parallel.offload_optimizer",
+            "flat shards",
+        ),
+    ],
+)
+def test_what_no_engine_does_is_refused(overrides: str, path: str, words: str) -> None:
+    (problem,) = problems(overrides)
+    assert problem.path == path
+    assert re.search(words, problem.rule), problem.rule
+    assert problem.hint.startswith("change ")
+
+
+def test_what_depends_on_the_device_is_refused_when_it_is_known() -> None:
+    config = load_config(
+        {"data": {"path": "d"}}, (DEEPSPEED + FP16 + ZERO + "1").split(), checks=all_checks()
+    )
+    require_allowed(config, "cuda")
+    with pytest.raises(ConfigError, match="is_fp16_supported"):
+        require_allowed(config, "cpu")
+
+
+def test_every_row_gives_a_reason() -> None:
+    for row in REFUSALS:
+        assert len(row.reason) > 20, row
