@@ -22,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 
 vocab_size=1024
-gate_from_steps=300 # a shorter training is not expected to beat the bigram entropy
+gate_from_steps=600 # a shorter training is not expected to beat the bigram entropy
 input=${QUICKSTART_INPUT:-python-stdlib}
 config=${QUICKSTART_CONFIG:-configs/gpt_tiny.yaml}
 nproc=${NPROC:-2}
@@ -73,6 +73,7 @@ check_knobs() {
   ((${QUICKSTART_STEPS:-20} >= 20)) ||
     die "QUICKSTART_STEPS=$QUICKSTART_STEPS leaves no room for a kill and a resume" "give at least 20"
   [[ $config == /* || -f $config ]] || config="$called_from/$config"
+  [[ -f $config ]] || die "QUICKSTART_CONFIG: there is no file $config" "give a YAML file of settings"
   if [[ -e $called_from/$input ]]; then input=$(cd "$called_from" && realpath "$input"); fi
   [[ $dir == /* ]] || dir="$called_from/$dir"
   dir=${dir#"$root"/} # commands are shown as they are typed in the repository's folder
@@ -111,6 +112,11 @@ settings_of_run() { # overrides of the config for this run
     settings+=("train.max_steps=$QUICKSTART_STEPS" "schedule.warmup_steps=$((QUICKSTART_STEPS / 20))"
       "checkpoint.save_interval=$((QUICKSTART_STEPS / 4))"
       "evaluation.interval=$((QUICKSTART_STEPS / 2))")
+  fi
+  # what does not fit together is said now, not after the data were prepared
+  if ! "${megascale[@]}" config check "$config" --world-size "$nproc" "${settings[@]}" >/dev/null; then
+    rmdir "$run_dir"
+    exit 2
   fi
 }
 
@@ -203,8 +209,9 @@ PY
 
 evaluate() { # prints the table and stops unless the model beats a table of pairs
   local table loss bigram steps
-  show "${megascale[@]}" evaluate "$checkpoint" --baselines
-  table=$("${megascale[@]}" evaluate "$checkpoint" --baselines)
+  local command=("${megascale[@]}" evaluate "$checkpoint" --baselines --nproc "$nproc")
+  show "${command[@]}"
+  table=$("${command[@]}")
   say "$table" | tee "$run_dir/evaluation.txt"
   loss=$(awk '$1 == "loss" {print $2}' <<<"$table")
   bigram=$(awk '$1 == "bigram_entropy" {print $2}' <<<"$table")
@@ -253,7 +260,7 @@ check_metrics
 took
 
 heading 5 "evaluating on text that was held out of the training"
-checkpoint=$(newest_checkpoint)
+checkpoint=$(newest_checkpoint) || die "the training left no checkpoint in $run_dir" "see $run_dir/logs"
 evaluate
 took
 

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "parallel"),
     ("engine", "checkpoint", "optim", "data", "resilience"),
     ("training", "launcher", "planner", "hf"),
+    ("verification",),
     ("cli",),
     ("__main__",),
 )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megascale.checkpoint.manifest import MANIFEST_NAME
 from megascale.checkpoint.reader import CheckpointReader
-from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.storage import RETIRED_PREFIX, Storage
 from megascale.checkpoint.writer import write_checkpoint
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment
@@ -35,6 +35,17 @@ class CheckpointManager:
         self.root = root
         self._storage = Storage(root)
         self._keep_last = keep_last
+
+    def recover(self) -> None:
+        """Give back its name to a checkpoint that a kill caught between a replacement's renames."""
+        for name in self._storage.folders():
+            original = name.removeprefix(RETIRED_PREFIX)
+            if original == name or not _NAME.match(original):
+                continue
+            if self._storage.exists(original, MANIFEST_NAME):
+                self._storage.remove_folder(name)
+            else:
+                self._storage.commit_folder(name, original)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -88,6 +99,8 @@ class CheckpointManager:
 
     def _shared_steps(self) -> list[int]:
         """Rank 0's view of the steps, so that all ranks try the same ones."""
+        if dist.get_rank() == 0:
+            self.recover()
         shared = [self.steps() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(shared, src=0)
         return shared[0] or []

@@ -13,6 +13,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from megascale.errors import UserError
 
+RETIRED_PREFIX = ".replaced_"
+"""Name that a folder has while another one takes its place."""
+
 
 @contextmanager
 def explain_write_errors(path: str) -> Iterator[None]:
@@ -101,7 +104,7 @@ class Storage:
         A reader sees either no folder, the old one, or the new one, never a half-written one.
         """
         with explain_write_errors(self.path(final)):
-            self._commit(self.path(temporary), self.path(final), f".replaced_{final}")
+            self._commit(self.path(temporary), self.path(final), f"{RETIRED_PREFIX}{final}")
 
     def _commit(self, source: str, target: str, retired: str) -> None:
         if not self.is_local:

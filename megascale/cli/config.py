@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -55,6 +56,36 @@ def check(config: ConfigFile, overrides: Overrides = None, world_size: WorldSize
 def schema() -> None:
     """Print the JSON schema of config files, for editors."""
     typer.echo(json.dumps(config_schema(), indent=2))
+
+
+@app.command()
+def layout(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on one machine; null: all on one.")
+    ] = None,
+) -> None:
+    """Print who is where: each rank's place along the axes pp, dp, cp and tp."""
+    loaded = load_config(config, overrides or (), checks=all_checks(), world_size=world_size)
+    parallel, per_node = loaded.parallel, ranks_per_node or world_size
+    sizes = {
+        "pp": parallel.pipeline_parallel_size,
+        "dp": world_size // parallel.model_parallel_size,
+        "cp": parallel.context_parallel_size,
+        "tp": parallel.tensor_parallel_size,
+    }
+    typer.echo("world size " + " x ".join(f"{axis} {n}" for axis, n in sizes.items()))
+    typer.echo("rank  node  " + "  ".join(sizes))
+    for rank, place in enumerate(itertools.product(*map(range, sizes.values()))):
+        row = "  ".join(f"{index:>2}" for index in place)
+        typer.echo(f"{rank:>4}  {rank // per_node:>4}  {row}")
+    if per_node % sizes["tp"]:
+        typer.echo(
+            f"warning: tensor-parallel groups of {sizes['tp']} cross machines of {per_node} ranks; "
+            "their collectives lie on the critical path of every layer"
+        )
 
 
 def _summary(config: Config, world_size: int | None) -> list[str]:

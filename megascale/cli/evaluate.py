@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -36,8 +37,9 @@ def evaluate(
     """Evaluate a checkpoint on a held-out split."""
     # refused here, before ranks start and the folder of their logs is made
     read_manifest(Storage(checkpoint))
-    if launch_ranks(nproc, Path(checkpoint).absolute().parent.parent / "logs"):
-        return
+    with tempfile.TemporaryDirectory(prefix="megascale-evaluate-") as logs:
+        if launch_ranks(nproc, Path(logs)):
+            return
     with distributed_process(device) as place:
         from megascale.training.held_out import evaluate_checkpoint
 

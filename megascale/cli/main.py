@@ -11,22 +11,28 @@ import typer
 from megascale import __version__
 from megascale.cli import config as config_command
 from megascale.cli import convert as convert_command
+from megascale.cli import verify as verify_command
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
 from megascale.cli.train import train
 from megascale.errors import UserError
 
-app = typer.Typer(
-    help="Pretrain GPT and BERT at scale; every layout is the same training.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=True,
-)
-app.add_typer(config_command.app, name="config")
-app.add_typer(convert_command.app, name="convert")
-app.command()(train)
-app.command()(evaluate)
-app.command()(generate)
+
+def build_app() -> typer.Typer:
+    """The command with all its subcommands."""
+    app = typer.Typer(
+        help="Pretrain GPT and BERT at scale; every layout is the same training.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=True,
+    )
+    app.callback()(root)
+    app.add_typer(config_command.app, name="config")
+    app.add_typer(convert_command.app, name="convert")
+    app.add_typer(verify_command.app, name="verify")
+    for command in (train, evaluate, generate):
+        app.command()(command)
+    return app
 
 
 def _version(value: bool) -> None:
@@ -35,7 +41,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
@@ -48,7 +53,7 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 success, 2 mistake of the user, 130 interrupted, 1 a bug."""
     try:
-        app(args=list(arguments) if arguments is not None else None)
+        build_app()(args=list(arguments) if arguments is not None else None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

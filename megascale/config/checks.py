@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megascale.config.bert_checks import BERT_CHECKS
 from megascale.config.model_checks import MODEL_CHECKS
 from megascale.config.problems import Problem
 from megascale.config.rules import Check, divisors_near, neighbours
@@ -153,6 +154,12 @@ def stopping_needs_interval(config: Config, world_size: int | None) -> Iterator[
 
 
 _IGNORED = (
+    _ignored(
+        "parallel.sequence_parallel",
+        "parallel.tensor_parallel_size",
+        lambda size: size != 1,
+        "several ranks share a layer",
+    ),
     _ignored("optimizer.momentum", "optimizer.name", _among("sgd"), "the optimizer is sgd"),
     _ignored("optimizer.betas", "optimizer.name", _among("adamw"), "the optimizer is adamw"),
     _ignored("optimizer.eps", "optimizer.name", _among("adamw"), "the optimizer is adamw"),
@@ -187,10 +194,7 @@ _IGNORED = (
 
 
 _NOT_BUILT = (
-    _not_built("model.family", ("gpt",), "the {} family is"),
     _not_built("precision.dtype", ("fp32", "bf16"), "{} training is"),
-    _not_built("parallel.tensor_parallel_size", (1,), "tensor parallelism is"),
-    _not_built("parallel.sequence_parallel", (False,), "sequence parallelism is"),
     _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
     _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
     _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
@@ -228,5 +232,6 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         stopping_needs_interval,
     ),
     *_IGNORED,
+    *BERT_CHECKS,
     *_NOT_BUILT,
 )

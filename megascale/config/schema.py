@@ -126,6 +126,8 @@ class ModelConfig(Section):
     """llama3: wavelengths below rope_original_length / this are left as they are."""
     rope_original_length: Count = 8192
     """llama3: length of the samples before stretching, in tokens."""
+    num_token_types: Count = 2
+    """Number of token types, rows of the segment embedding (bert only)."""
     init_std: Positive = 0.02
     """Standard deviation of the normal distribution of initial weights."""
 
@@ -200,6 +202,14 @@ class DataConfig(Section):
     dataset's own."""
     isolate_documents: bool = False
     """Whether attention and positions stop at document boundaries inside a sample."""
+
+    masking: Literal["token", "whole_word", "ngram"] = "token"
+    """What is masked as a whole (bert only): a token, a word, or up to three words in a row."""
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Expected share of the tokens that are to be predicted (bert only)."""
+    sentence_objective: Literal["none", "nsp", "sop"] = "none"
+    """Second objective (bert only): nsp tells whether the second segment follows the first or is
+    from another document, sop whether the two are in order; none: one segment, no second loss."""
 
     @property
     def weighted_paths(self) -> tuple[WeightedPath, ...]:
@@ -287,6 +297,9 @@ class ParallelConfig(Section):
     """Order of the forward and backward passes of a pipeline."""
     context_parallel_size: Count = 1
     """Ranks that share the tokens of a sample."""
+    activation_recomputation: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping: nothing, the attention scores, or whole
+    layers."""
 
     @property
     def model_parallel_size(self) -> int:

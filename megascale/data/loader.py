@@ -13,7 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from megascale.data.protocol import IGNORE_LABEL, FiniteSampleSource, SampleSource
+from megascale.data.protocol import (
+    IGNORE_LABEL,
+    FiniteSampleSource,
+    SampleSource,
+    label_names,
+)
 from megascale.errors import UserError
 
 MicroBatch = dict[str, torch.Tensor]
@@ -93,7 +98,7 @@ class EvaluationLoader:
         dataset: the samples, each given to exactly one rank.
         micro_batch_size: rows of each batch.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
-        max_samples: stop after so many samples; None for all.
+        max_samples: take only so many samples, spread evenly over the dataset; None for all.
     """
 
     def __init__(
@@ -119,10 +124,13 @@ class EvaluationLoader:
             first = (number * self._dp_size + self._dp_rank) * size
             ids = np.arange(first, first + size, dtype=np.int64)
             padding = ids >= self.num_samples
-            # Padding rows repeat sample 0 for its valid ids and shapes.
-            arrays = self._dataset.batch(np.where(padding, 0, ids))
-            arrays["labels"][padding] = IGNORE_LABEL
-            yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, ids))
+            # Padding rows repeat sample 0 for its valid ids and shapes. A part of the samples is
+            # spread evenly over all: neighbours come from few documents.
+            spread = ids * len(self._dataset) // self.num_samples
+            arrays = self._dataset.batch(np.where(padding, 0, spread))
+            for name in label_names(arrays):
+                arrays[name][padding] = IGNORE_LABEL
+            yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, spread))
 
 
 def count_microbatches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:

@@ -75,7 +75,50 @@ def _engine_allowed(config: Config, world_size: int | None) -> Iterator[Problem]
         )
 
 
+def _tensor_parallel_fits(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Whole heads on each rank; with sequence parallelism, equal parts of the sequence."""
+    del world_size
+    model, size = config.model, config.parallel.tensor_parallel_size
+    if size == 1:
+        return
+    divided = [
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_kv_heads", model.resolved_num_kv_heads),
+    ]
+    if config.parallel.sequence_parallel:
+        divided.append(("model.seq_length", model.seq_length))
+    for path, value in divided:
+        if value % size:
+            near = [n for n in range(1, value + 1) if value % n == 0 and n <= size]
+            yield Problem(
+                path=path,
+                value=value,
+                rule=f"must be a multiple of parallel.tensor_parallel_size = {size}: each rank "
+                "takes an equal, whole share",
+                hint=f"parallel.tensor_parallel_size = {near[-1]}, or {path} = "
+                f"{-(-value // size) * size}",
+            )
+    if model.resolved_ffn_hidden_size < size:
+        yield Problem(
+            path="model.ffn_hidden_size",
+            value=model.resolved_ffn_hidden_size,
+            rule=f"must be at least parallel.tensor_parallel_size = {size}",
+            hint="use fewer tensor-parallel ranks",
+        )
+
+
 CHECKS: tuple[Check, ...] = (
+    Check(
+        reads=(
+            "parallel.tensor_parallel_size",
+            "parallel.sequence_parallel",
+            "model.num_attention_heads",
+            "model.num_kv_heads",
+            "model.seq_length",
+            "model.ffn_hidden_size",
+        ),
+        run=_tensor_parallel_fits,
+    ),
     Check(
         reads=("parallel.engine", "parallel.zero_stage", "precision.dtype", "optimizer.name"),
         run=_engine_allowed,

@@ -20,9 +20,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_local_grad
 from torch import nn
 
+from megascale.engine.mpu import Mpu
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
-from megascale.parallel.fragment import Fragment, whole_box
+from megascale.parallel.fragment import Fragment
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.tensor_parallel import Placement
 
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
 _MAX_BUCKET = 50_000_000
@@ -68,6 +70,7 @@ class DeepSpeedEngine:
         module: nn.Module,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
         *,
         dtype: torch.dtype,
         stage: int,
@@ -79,7 +82,11 @@ class DeepSpeedEngine:
         self._mesh = mesh
         self._stage = stage
         self._num_micro_batches = num_micro_batches
-        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self.placements = placements
+        for name, param in module.named_parameters():
+            # without the mark DeepSpeed counts a shard as a copy: norm and clipping are wrong
+            param.tensor_model_parallel = placements[name].sharded  # type: ignore[attr-defined]
+            param.model_parallel = placements[name].sharded  # type: ignore[attr-defined]
         self._device = next(module.parameters()).device
         # DeepSpeed makes its fp32 masters from the rounded weights; ours are not rounded.
         exact = {} if dtype == torch.float32 else _copies(module)
@@ -92,6 +99,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
+            mpu=Mpu(mesh) if mesh.tp_size > 1 else None,
             config=_configuration(
                 module,
                 dtype,
@@ -106,21 +114,21 @@ class DeepSpeedEngine:
         self._zero = self._engine.optimizer
         self.module: nn.Module = self._engine.module
         self._params = dict(self.module.named_parameters())
-        for fragment in self.fragments(["master"]) if exact else ():
+        for fragment in self.fragments(["master"], replicas=True) if exact else ():
             part = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
             fragment.tensor.copy_(part)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         assert len(micro_batches) == self._num_micro_batches
         # DeepSpeed averages gradients over the data-parallel group.
-        scale = self._mesh.dp_size / total_targets
-        total = torch.zeros((), device=self._device)
+        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, _ = self._engine(**micro_batch)
-            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self._engine.backward((loss_sum * scale).sum(), scale_wrt_gas=False)
             total += loss_sum.detach().float()
             if index < len(micro_batches) - 1:
                 self._engine.step()  # counts the micro-step; updates nothing before the boundary
@@ -138,7 +146,7 @@ class DeepSpeedEngine:
             loss_scale=float(getattr(self._zero, "loss_scale", 1.0) or 1.0),
         )
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
         return self._engine(**micro_batch)
 
@@ -157,15 +165,19 @@ class DeepSpeedEngine:
         """See `Engine.state_kinds`."""
         return ("master", *self._recipe.state_keys)
 
-    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
         for name, param in self._params.items():
+            place = self.placements[name]
+            if not (replicas or place.sharded or self._mesh.tp_rank == 0):
+                continue
             for kind in kinds:
                 found = self._fragment(param, kind)
                 if found is not None:
                     start, tensor = found
-                    shape = self._shapes[name]
-                    yield Fragment(name, kind, shape, whole_box(shape), start, tensor.view(-1))
+                    yield Fragment(
+                        name, kind, place.global_shape, place.box, start, tensor.view(-1)
+                    )
 
     def prepare_load(self, updates: int) -> Iterator[Fragment]:
         """See `Engine.prepare_load`."""
@@ -175,7 +187,7 @@ class DeepSpeedEngine:
                 state["step"] = torch.tensor(float(updates))
             for key in self._recipe.state_keys:
                 state[key] = torch.zeros_like(flat)
-        return self.fragments(self.state_kinds)
+        return self.fragments(self.state_kinds, replicas=True)
 
     def finish_load(self) -> None:
         """See `Engine.finish_load`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from megascale.engine.capabilities import choose_engine
 from megascale.engine.protocol import Engine, OptimizerRecipe
 from megascale.engine.torch_engine import ReplicatedEngine, ShardedEngine
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.tensor_parallel import Placement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,6 +23,7 @@ def build_engine(
     blocks: Sequence[nn.Module],
     recipe: OptimizerRecipe,
     mesh: ParallelMesh,
+    placements: Mapping[str, Placement],
 ) -> Engine:
     """Hand the initialised module to the engine of `config`.
 
@@ -31,6 +33,7 @@ def build_engine(
         blocks: its repeated layers, the units that ZeRO-3 gathers one by one.
         recipe: how to build the optimizer.
         mesh: who is where.
+        placements: where each parameter lies in its global tensor.
     """
     dtype = DTYPES[config.precision.dtype]
     stage = config.parallel.zero_stage
@@ -43,6 +46,7 @@ def build_engine(
             module,
             recipe,
             mesh,
+            placements,
             dtype=dtype,
             stage=stage,
             micro_batch_size=micro,
@@ -50,5 +54,5 @@ def build_engine(
             hidden_size=config.model.hidden_size,
         )
     if stage == 0:
-        return ReplicatedEngine(module, recipe, mesh, dtype)
-    return ShardedEngine(module, recipe, mesh, dtype, stage, blocks)
+        return ReplicatedEngine(module, recipe, mesh, placements, dtype)
+    return ShardedEngine(module, recipe, mesh, placements, dtype, stage, blocks)

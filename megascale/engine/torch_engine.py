@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
-from megascale.parallel.fragment import Fragment, whole_box
+from megascale.parallel.fragment import Fragment
 from megascale.parallel.gradient_norm import clip_, global_norm
 from megascale.parallel.gradient_reducer import GradientReducer
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.tensor_parallel import Placement
 
 
 class TorchEngine:
@@ -28,8 +29,15 @@ class TorchEngine:
     master lies in its parameter.
     """
 
-    def __init__(self, module: nn.Module, recipe: OptimizerRecipe, mesh: ParallelMesh) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: OptimizerRecipe,
+        mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
+    ) -> None:
         self.module = module
+        self.placements = placements
         self._recipe = recipe
         self._mesh = mesh
         self._device = next(module.parameters()).device
@@ -42,7 +50,8 @@ class TorchEngine:
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`. A non-finite gradient is never applied: the step is skipped."""
         gradients = self._gradients()
-        norm = global_norm(list(gradients.values()), self._device, self._norm_group())
+        counted = [grad for name, grad in gradients.items() if self._is_counted(name)]
+        norm = global_norm(counted, self._device, self._norm_groups())
         finite = norm == norm and norm not in (float("inf"), float("-inf"))
         if finite:
             clip_(list(gradients.values()), norm, self._recipe.grad_clip)
@@ -55,7 +64,7 @@ class TorchEngine:
         self._clear_gradients()
         return StepOutcome(grad_norm=norm, skipped=not finite, loss_scale=1.0)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
         return self.module(**micro_batch)
 
@@ -95,14 +104,20 @@ class TorchEngine:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """See `Engine.load_state_dict`."""
 
-    def fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def fragments(self, kinds: Sequence[str], *, replicas: bool = False) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
-        return self._all_fragments(kinds) if self._is_owner() else iter(())
+        for fragment in self._all_fragments(kinds):
+            if replicas or (self._is_owner() and self._is_counted(fragment.name)):
+                yield fragment
+
+    def _is_counted(self, name: str) -> bool:
+        """Whether this rank speaks for a parameter: copies over tp are counted once."""
+        return self.placements[name].sharded or self._mesh.tp_rank == 0
 
     def _all_fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
         gradients = self._gradients() if "grad" in kinds else {}
         for name, master in self._masters.items():
-            shape, start = self._placement(name)
+            placement, start = self.placements[name], self._start(name)
             for kind in kinds:
                 if kind == "master":
                     tensor = master
@@ -113,13 +128,14 @@ class TorchEngine:
                 else:
                     continue  # before the first update the optimizer has no state
                 flat = tensor.detach().view(-1)
-                yield Fragment(name, kind, shape, whole_box(shape), start, flat)
+                yield Fragment(name, kind, placement.global_shape, placement.box, start, flat)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def _norm_group(self) -> torch.distributed.ProcessGroup | None:
-        raise NotImplementedError
+    def _norm_groups(self) -> list[torch.distributed.ProcessGroup]:
+        """The axes over which parts of the gradient lie."""
+        return [self._mesh.tp_group] if self._mesh.tp_size > 1 else []
 
     def _after_update(self) -> None:
         raise NotImplementedError
@@ -127,7 +143,8 @@ class TorchEngine:
     def _clear_gradients(self) -> None:
         raise NotImplementedError
 
-    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
+    def _start(self, name: str) -> int:
+        """Where the master begins in the flattened (tensor-parallel local) parameter."""
         raise NotImplementedError
 
     def _is_owner(self) -> bool:
@@ -146,9 +163,10 @@ class ReplicatedEngine(TorchEngine):
         module: nn.Module,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(module, recipe, mesh)
+        super().__init__(module, recipe, mesh, placements)
         self._params = dict(module.named_parameters())
         if dtype == torch.float32:
             masters = {name: p.detach() for name, p in self._params.items()}
@@ -162,14 +180,15 @@ class ReplicatedEngine(TorchEngine):
         self._build_optimizer()
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
-        total = torch.zeros((), device=self._device)
+        divisors = total_targets.to(self._device, torch.float32)
+        total = torch.zeros_like(divisors)
         for index, micro_batch in enumerate(micro_batches):
             self._reducer.begin_backward(last=index == len(micro_batches) - 1)
             loss_sum, _ = self.module(**micro_batch)
-            (loss_sum / total_targets).backward()
+            (loss_sum / divisors).sum().backward()
             total += loss_sum.detach()
         self._reducer.finish()
         return total
@@ -181,9 +200,6 @@ class ReplicatedEngine(TorchEngine):
     def _gradients(self) -> dict[str, torch.Tensor]:
         return {name: self._reducer.main_gradient(p) for name, p in self._params.items()}
 
-    def _norm_group(self) -> None:
-        return None
-
     def _after_update(self) -> None:
         with torch.no_grad():
             for name, param in self._params.items():
@@ -193,8 +209,8 @@ class ReplicatedEngine(TorchEngine):
     def _clear_gradients(self) -> None:
         self._reducer.zero()
 
-    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
-        return tuple(self._params[name].shape), 0
+    def _start(self, name: str) -> int:
+        return 0
 
     def _is_owner(self) -> bool:
         return self._mesh.dp_rank == 0
@@ -219,11 +235,12 @@ class ShardedEngine(TorchEngine):
         module: nn.Module,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
+        placements: Mapping[str, Placement],
         dtype: torch.dtype,
         stage: int,
         blocks: Iterable[nn.Module],
     ) -> None:
-        super().__init__(module, recipe, mesh)
+        super().__init__(module, recipe, mesh, placements)
         self._stage = stage
         dp_mesh = mesh.device_mesh["dp"]
         policy = MixedPrecisionPolicy(
@@ -242,14 +259,14 @@ class ShardedEngine(TorchEngine):
         self._build_optimizer()
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = self._mesh.dp_size / total_targets
-        total = torch.zeros((), device=self._device)
+        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             if self._stage < 3:
@@ -257,7 +274,7 @@ class ShardedEngine(TorchEngine):
             if self._stage == 1:
                 module.set_requires_gradient_sync(last)
             loss_sum, _ = module(**micro_batch)
-            (loss_sum * scale).backward()
+            (loss_sum * scale).sum().backward()
             total += loss_sum.detach()
         return total
 
@@ -286,8 +303,9 @@ class ShardedEngine(TorchEngine):
             )
         return gradients
 
-    def _norm_group(self) -> torch.distributed.ProcessGroup | None:
-        return self._mesh.dp_group if self._mesh.dp_size > 1 else None
+    def _norm_groups(self) -> list[torch.distributed.ProcessGroup]:
+        over_dp = [self._mesh.dp_group] if self._mesh.dp_size > 1 else []
+        return over_dp + super()._norm_groups()
 
     def _after_update(self) -> None:
         self._reshard()
@@ -298,11 +316,10 @@ class ShardedEngine(TorchEngine):
         for master in self._masters.values():
             master.grad = None
 
-    def _placement(self, name: str) -> tuple[tuple[int, ...], int]:
-        shape = tuple(self._params[name].shape)
+    def _start(self, name: str) -> int:
+        shape = self._params[name].shape
         rows = -(-shape[0] // self._mesh.dp_size)  # torch.chunk: every rank but the last the same
-        row_numel = self._params[name].numel() // shape[0]
-        return shape, self._mesh.dp_rank * rows * row_numel
+        return self._mesh.dp_rank * rows * (self._params[name].numel() // shape[0])
 
     def _is_owner(self) -> bool:
         return True

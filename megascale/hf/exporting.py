@@ -130,9 +130,7 @@ def _stream(
             for block in _blocks(reader, entry.ours[0], ours[0]):
                 yield block.to(dtype)
             return
-        parts = [
-            _whole(reader, name, shape) for name, shape in zip(entry.ours, ours, strict=True)
-        ]
+        parts = [_whole(reader, name, shape) for name, shape in zip(entry.ours, ours, strict=True)]
         yield entry.layout.merge(parts, heads).to(dtype)
 
     return TensorStream(entry.theirs, dtype, entry.layout.shape(ours, heads), blocks)

@@ -18,8 +18,12 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
     """The device of this process: `auto` takes the GPU of its local rank where there is one.
 
     Raises:
-        UserError: cuda is asked for and this process has no GPU.
+        UserError: an unknown name, or cuda is asked for and this process has no GPU.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"device {name!r}", rule="a device is auto, cpu or cuda", remedy="choose one of these"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key and value heads.
+"""Self-attention, causal or bidirectional, with grouped key and value heads.
 
 The number of heads is read from the width of a projection's output, so that a model whose
 projections were cut along the heads (tensor parallelism) runs through the same lines.
@@ -42,6 +42,22 @@ def windowed(mask: Tensor | None, window: int, length: int, device: torch.device
     return near & (causal_mask(length, device) if mask is None else mask)
 
 
+def padding_mask(attention_mask: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """``(B, 1, 1 or T, T)`` bool: every query sees the real keys, those of its document only.
+
+    Args:
+        attention_mask: (B, T), 0 at padding and 1 elsewhere.
+        document_ids: (B, T) integers; None: the whole sample is one document. With them every
+            query also sees itself, so that padding with an id of its own has a key to look at.
+    """
+    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+    if document_ids is None:
+        return real
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
+    itself = torch.eye(document_ids.shape[1], dtype=torch.bool, device=document_ids.device)
+    return same & real | itself
+
+
 class CoreAttention(nn.Module):
     """softmax(Q K^T / sqrt(K)) V with dropout on the probabilities; no parameters.
 
@@ -53,6 +69,7 @@ class CoreAttention(nn.Module):
         dropout: probability for the attention probabilities. dropout_site: see CounterDropout.
         softcap: bound c of the scores, which become c * tanh(score / c); None for none.
         query_scaling: what stands for K under the square root; None for K.
+        causal: whether a query sees only the keys up to its own where no mask is given.
     """
 
     def __init__(
@@ -61,8 +78,10 @@ class CoreAttention(nn.Module):
         dropout_site: int,
         softcap: float | None = None,
         query_scaling: float | None = None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.dropout = CounterDropout(dropout, dropout_site)
         self.softcap, self.query_scaling = softcap, query_scaling
 
@@ -73,7 +92,8 @@ class CoreAttention(nn.Module):
 
         Args:
             query: (B, H, T, K). key, value: (B, H_kv, T, K) with H_kv dividing H.
-            mask: (B, 1, T, T) bool, True where a query sees a key; None means causal.
+            mask: (B, 1, T or 1, T) bool, True where a query sees a key; None means causal, or all
+                keys when not ``causal``.
             keys: (B,) dropout keys of the samples.
 
         Returns:
@@ -87,15 +107,22 @@ class CoreAttention(nn.Module):
         if self.softcap is None and not (self.training and self.dropout.p > 0):
             scale = None if self.query_scaling is None else 1 / math.sqrt(self.query_scaling)
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=self.causal and mask is None,
+                scale=scale,
             )
-        if mask is None:
+        if mask is None and self.causal:
             mask = causal_mask(query.shape[2], query.device)
         root = math.sqrt(self.query_scaling or query.shape[-1])
         scores = query @ key.transpose(-1, -2) / root  # (B, H, T, T)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.float().masked_fill(~mask, -math.inf)
+        scores = scores.float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         probabilities = self.dropout(scores.softmax(dim=-1), keys)
         return probabilities.to(value.dtype) @ value
 
@@ -112,7 +139,7 @@ class Attention(nn.Module):
         rotary: how queries and keys are rotated; None for not at all.
         query_norm, key_norm: norms over the K features of each head, before the rotation; None
             for none (arXiv:2010.04245).
-        dropout, dropout_site, softcap, query_scaling: see CoreAttention.
+        dropout, dropout_site, softcap, query_scaling, causal: see CoreAttention.
     """
 
     def __init__(
@@ -131,6 +158,7 @@ class Attention(nn.Module):
         dropout_site: int,
         softcap: float | None = None,
         query_scaling: float | None = None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = head_dim, rotary
@@ -140,7 +168,7 @@ class Attention(nn.Module):
         output_bias = bias if output_bias is None else output_bias
         self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
         self.query_norm, self.key_norm = query_norm, key_norm
-        self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling)
+        self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling, causal)
 
     def forward(
         self, x: Tensor, position_ids: Tensor, mask: Tensor | None, keys: Tensor | None

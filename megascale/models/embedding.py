@@ -43,6 +43,10 @@ class Embedding(nn.Module):
         Raises:
             UserError: T is larger than the table of learned positions.
         """
+        return self.dropout(self.look_up(input_ids, position_ids), keys)
+
+    def look_up(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The sum of the tables' rows, before dropout; see `forward`."""
         hidden = self.tokens(input_ids)
         if self.scale is not None:
             # rounded to the weights' type first: the models that have a scale were trained so
@@ -57,4 +61,4 @@ class Embedding(nn.Module):
                     "model.seq_length or with model.position_embedding=rope",
                 )
             hidden = hidden + self.positions(position_ids)
-        return self.dropout(hidden, keys)
+        return hidden

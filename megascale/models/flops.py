@@ -1,7 +1,8 @@
-"""Analytic counts of parameters and floating-point operations of a GPT."""
+"""Analytic counts of parameters and floating-point operations of a GPT and a BERT."""
 
 from __future__ import annotations
 
+from megascale.models.bert import BERTConfig
 from megascale.models.gpt import GPTConfig
 from megascale.models.mlp import is_gated
 
@@ -62,3 +63,33 @@ def flops_per_token(config: GPTConfig, seq_length: int) -> int:
     windows = (config.window(layer) for layer in range(config.num_layers))
     seen = sum(min(window or seq_length, seq_length) for window in windows)
     return 6 * matmul_weights + 12 * attention_width * seen
+
+
+def _bert_layer_matmul_weights(config: BERTConfig) -> int:
+    d = config.hidden_size
+    return 4 * d * d + 2 * d * config.ffn_hidden_size
+
+
+def bert_num_parameters(config: BERTConfig, sentence_head: bool) -> int:
+    """Parameters of the encoder with its masked-LM head and, if asked, pooler and sentence head.
+
+    Tied weights count once: what transformers' BertForPreTraining and BertForMaskedLM hold.
+    """
+    d, norm = config.hidden_size, 2 * config.hidden_size
+    tables = (config.vocab_size + config.seq_length + config.num_token_types) * d
+    layer = _bert_layer_matmul_weights(config) + 5 * d + config.ffn_hidden_size + 2 * norm
+    masked_lm_head = d * d + d + norm + config.vocab_size
+    sentence = d * d + d + 2 * d + 2 if sentence_head else 0
+    return tables + norm + config.num_layers * layer + masked_lm_head + sentence
+
+
+def bert_flops_per_token(config: BERTConfig, seq_length: int, mask_probability: float) -> float:
+    """Model FLOPs per token of one forward and backward pass; see `flops_per_token`.
+
+    Differs from a GPT's in the head, which sees masked tokens only. Padding counts as tokens; the
+    sentence head, one position of a sample, is left out.
+    """
+    d = config.hidden_size
+    head = mask_probability * (d * d + config.vocab_size * d)
+    matmul_weights = config.num_layers * _bert_layer_matmul_weights(config) + head
+    return 6 * matmul_weights + 12 * config.num_layers * d * seq_length

@@ -17,14 +17,15 @@ def sum_of_squares(gradients: Sequence[torch.Tensor], device: torch.device) -> t
 
 
 def global_norm(
-    gradients: Sequence[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None
+    gradients: Sequence[torch.Tensor], device: torch.device, groups: Sequence[dist.ProcessGroup]
 ) -> float:
-    """L2 norm over the parts of the gradient that the ranks of `group` hold.
+    """L2 norm over the parts of the gradient that the ranks of all `groups` hold.
 
-    Each element must be held by exactly one rank of the group (None: by this rank alone).
+    The groups are axes of the mesh. Each element must be given by exactly one rank of their
+    product (no groups: by this rank alone).
     """
     squares = sum_of_squares(gradients, device)
-    if group is not None:
+    for group in groups:
         dist.all_reduce(squares, group=group)
     return squares.sqrt().item()
 

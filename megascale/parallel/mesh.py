@@ -38,6 +38,21 @@ class ParallelMesh:
         return self.device_mesh["dp"].get_group()
 
     @property
+    def tp_size(self) -> int:
+        """Number of ranks that share every matrix."""
+        return self.device_mesh["tp"].size()
+
+    @property
+    def tp_rank(self) -> int:
+        """This process's index along the tensor-parallel axis."""
+        return self.device_mesh["tp"].get_local_rank()
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Process group of the tensor-parallel axis."""
+        return self.device_mesh["tp"].get_group()
+
+    @property
     def rank(self) -> int:
         """Global rank."""
         return dist.get_rank()

@@ -26,7 +26,9 @@ from megascale.errors import UserError
 from megascale.optim.factory import STATE_KEYS, build_optimizer
 from megascale.optim.param_groups import weight_decay_groups
 from megascale.optim.schedule import LearningRateSchedule
+from megascale.parallel.activation_checkpoint import recompute
 from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
 from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
 from megascale.training.callbacks.console import ConsoleCallback
@@ -77,12 +79,7 @@ def assemble(
     Raises:
         UserError: data, output folder or checkpoint do not fit the config.
     """
-    mesh = build_mesh(
-        device.type,
-        tensor_parallel_size=config.parallel.tensor_parallel_size,
-        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-    )
+    mesh = mesh_of(config, device)
     say = _speaker(console, mesh)
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
@@ -109,21 +106,7 @@ def assemble(
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 
-    parts = StepParts(
-        engine=engine,
-        loader=BatchLoader(
-            data.train,
-            config.train.global_batch_size,
-            config.train.micro_batch_size,
-            mesh.dp_rank,
-            mesh.dp_size,
-        ),
-        schedule=build_schedule(config),
-        mesh=mesh,
-        device=device,
-        global_batch_size=config.train.global_batch_size,
-        tokens_per_sample=task.tokens_per_sample(),
-    )
+    parts = _step_parts(config, task, data, engine, mesh, device)
     callbacks = _callbacks(config, corpora, data, mesh, manager, console)
     for callback in callbacks:
         if callback.name in saved:
@@ -134,13 +117,73 @@ def assemble(
     return Run(config, trainer, engine, corpora, data)
 
 
+def assemble_step(
+    config: Config, device: torch.device, wrap: Callable[[Engine], Any] | None = None
+) -> StepParts:
+    """Only what a step needs, without output folder, callbacks or checkpoints.
+
+    Args:
+        wrap: put around the engine, to observe it.
+    """
+    mesh = mesh_of(config, device)
+    corpora = open_corpora(config)
+    config = resolve_vocab_size(config, corpora)
+    task = build_task(config)
+    data = task.open_data(corpora)
+    engine = assemble_engine(config, task, mesh, device)
+    return _step_parts(config, task, data, wrap(engine) if wrap else engine, mesh, device)
+
+
+def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
+    """The mesh of the config's layout over all processes."""
+    return build_mesh(
+        device.type,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+    )
+
+
+def _step_parts(
+    config: Config,
+    task: Task,
+    data: RunData,
+    engine: Engine,
+    mesh: ParallelMesh,
+    device: torch.device,
+) -> StepParts:
+    train = config.train
+    loader = BatchLoader(
+        data.train, train.global_batch_size, train.micro_batch_size, mesh.dp_rank, mesh.dp_size
+    )
+    return StepParts(
+        engine=engine,
+        loader=loader,
+        schedule=build_schedule(config),
+        mesh=mesh,
+        device=device,
+        global_batch_size=train.global_batch_size,
+        tokens_per_sample=task.tokens_per_sample(),
+    )
+
+
 def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on the meta device -> materialise -> initialise by name -> engine."""
+    """Model on meta -> tensor-parallel cut -> recomputation -> initialise by name -> engine."""
     with torch.device("meta"):
         module = task.build_module()
+    placements = whole_placements(module)
+    if mesh.tp_size > 1:
+        placements = task.parallelize(module, tensor_group(config, mesh))
+    blocks = task.blocks(module)
+    recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
-    task.initialize(module)
-    return build_engine(config, module, task.blocks(module), optimizer_recipe(config), mesh)
+    task.initialize(module, placements)
+    return build_engine(config, module, blocks, optimizer_recipe(config), mesh, placements)
+
+
+def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
+    """What a cut needs to know of the mesh."""
+    return TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel)
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:

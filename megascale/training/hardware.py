@@ -16,14 +16,15 @@ _PUBLISHED_PEAKS = {
     "V100": 125e12,
 }
 _SIZE = 768
-_REPEATS = 4
+_REPEATS = 12
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak matrix-multiplication rate of one device, FLOP/s.
 
     GPUs: the published bf16 peak where the name is known. Otherwise measured: the best of a few
-    square products with the process's own threads (about 50 ms).
+    square products with the process's own threads (about 0.2 s); on a machine that
+    others load it is too low, and an MFU over it too high.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)

@@ -48,8 +48,8 @@ class LoadedModel:
         self.tokenizer = checkpoint_tokenizer(self.reader)
         self.reader.close()
 
-    def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss sum, number of targets) of a micro-batch."""
+    def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """See `Evaluable.forward`."""
         return self.module(**micro_batch)
 
     @contextmanager

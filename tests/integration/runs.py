@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,31 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def call(*arguments: object) -> Done:
+    """The `megascale` command line in this process, for one rank; its environment is restored."""
+    from megascale.cli.main import main
+
+    out, both = io.StringIO(), io.StringIO()
+    before = dict(os.environ)
+    code = 0
+    try:
+        with redirect_stdout(_Tee(out, both)), redirect_stderr(both):
+            main([str(part) for part in arguments])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return Done(code, out.getvalue(), both.getvalue())
+
+
+class _Tee(io.TextIOBase):
+    def __init__(self, *streams: io.StringIO) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)

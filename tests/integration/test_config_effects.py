@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megascale.config.schema import leaf_fields
+from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
 from tests.integration.runs import make_dataset, make_tokenizer, settings
 
@@ -33,6 +35,7 @@ class Row:
         shows: keys of the observation that must all differ from the base run's.
         base: other settings under which it has a meaning, for both runs.
         refused: part of the message, for a value whose part is not built yet.
+        world: ranks that both runs are made of.
     """
 
     leaf: str
@@ -40,6 +43,7 @@ class Row:
     shows: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(default_factory=dict)
     refused: str = ""
+    world: int = 1
 
 
 _VALIDATES = {"evaluation.interval": 1}
@@ -54,13 +58,19 @@ _LLAMA3 = {
     "model.rope_scaling_factor": 8.0,
     "model.rope_original_length": 64,
 }
+_BERT = {"model.family": "bert", "data.path": "{bert_data}"}
 _NOT_BUILT = "not built yet"
 
 ROWS = (
     Row("run.output_dir", "{folder}/elsewhere", ("files",)),
     Row("run.seed", 6, ("initial", "samples")),
     Row("run.device", "cuda", ("device",)),
-    Row("model.family", "bert", refused=_NOT_BUILT),
+    Row(
+        "model.family",
+        "bert",
+        ("shapes", "samples"),
+        {"data.path": "{bert_data}/shard_00000", "data.tokenizer": "{bert_data}/tokenizer"},
+    ),
     Row("model.num_layers", 1, ("shapes",)),
     Row("model.hidden_size", 32, ("shapes",)),
     Row("model.num_attention_heads", 4, ("losses", "grad_norms")),
@@ -107,6 +117,7 @@ ROWS = (
     Row("model.rope_low_freq_factor", 3.0, ("losses",), _LLAMA3),
     Row("model.rope_high_freq_factor", 20.0, ("losses",), _LLAMA3),
     Row("model.rope_original_length", 16, ("losses",), _LLAMA3),
+    Row("model.num_token_types", 3, ("shapes",), _BERT),
     Row("model.init_std", 0.1, ("initial", "losses")),
     Row("data.path", "{other}", ("samples",)),
     Row("data.split", [0.5, 0.5], ("validations", "samples")),
@@ -117,6 +128,11 @@ ROWS = (
         {"data.path": "{prefix}", "model.vocab_size": 270},
     ),
     Row("data.isolate_documents", True, ("samples", "losses")),
+    Row("data.masking", "whole_word", ("samples", "losses"), _BERT),
+    Row("data.masking", "ngram", ("samples", "losses"), _BERT),
+    Row("data.mask_probability", 0.5, ("samples", "losses"), _BERT),
+    Row("data.sentence_objective", "nsp", ("shapes", "samples", "losses"), _BERT),
+    Row("data.sentence_objective", "sop", ("shapes", "samples", "losses"), _BERT),
     Row("train.global_batch_size", 8, ("samples", "samples_seen")),
     Row("train.micro_batch_size", 4, ("micro_batches",)),
     Row("train.max_steps", 2, ("losses", "checkpoints")),
@@ -138,8 +154,16 @@ ROWS = (
     Row("precision.dtype", "fp16", refused=_NOT_BUILT),
     Row("parallel.engine", "torch", ("engine",), {"parallel.zero_stage": 1}),
     Row("parallel.zero_stage", 3, ("engine",), {"parallel.engine": "torch"}),
-    Row("parallel.tensor_parallel_size", 2, refused=_NOT_BUILT),
-    Row("parallel.sequence_parallel", True, refused=_NOT_BUILT),
+    Row("parallel.tensor_parallel_size", 2, ("modules", "local_shapes"), world=2),
+    Row(
+        "parallel.sequence_parallel",
+        True,
+        ("modules",),
+        {"parallel.tensor_parallel_size": 2},
+        world=2,
+    ),
+    Row("parallel.activation_recomputation", "full", ("recomputed",)),
+    Row("parallel.activation_recomputation", "selective", ("recomputed",)),
     Row("parallel.pipeline_parallel_size", 2, refused=_NOT_BUILT),
     Row("parallel.virtual_pipeline_stages", 2, refused=_NOT_BUILT),
     Row("parallel.pipeline_schedule", "gpipe", refused=_NOT_BUILT),
@@ -184,7 +208,8 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
 
     text = io.StringIO()
     try:
-        config = load_config(tree, checks=all_checks(), world_size=1)
+        world = torch.distributed.get_world_size()
+        config = load_config(tree, checks=all_checks(), world_size=world)
         device = choose_device(config.run.device, ProcessInfo(0, 1, 0, False))
         run = assemble(config, device, console=Console(file=text, width=300))
     except UserError as error:
@@ -198,6 +223,9 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
         "device": device.type,
         "engine": type(engine).__name__,
         "dtype": str(next(iter(engine.module.parameters())).dtype),
+        "modules": sorted({type(module).__name__ for module in engine.module.modules()}),
+        "local_shapes": {name: tuple(p.shape) for name, p in engine.module.named_parameters()},
+        "recomputed": [n for n, m in engine.module.named_modules() if "forward" in vars(m)],
         "shapes": {name: shape for name, (shape, _) in masters.items()},
         "initial": {name: _digest(values.tobytes()) for name, (_, values) in masters.items()},
         "micro_batches": [tuple(batch["input_ids"].shape) for batch in batches],
@@ -245,7 +273,7 @@ class Observer:
     _base: dict[str, dict[str, Any]] = field(default_factory=dict)
     _count: int = 0
 
-    def __call__(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, changes: Mapping[str, Any], world: int = 1) -> dict[str, Any]:
         self._count += 1
         folder = self.root / f"run_{self._count}"
         folder.mkdir()
@@ -256,13 +284,13 @@ class Observer:
             if isinstance(value, str):
                 value = value.format(folder=folder, **self.names)
             tree.setdefault(section, {})[name] = value
-        return self.pools(1).run(observe, tree=tree, folder=str(folder))[0]
+        return self.pools(world).run(observe, tree=tree, folder=str(folder))[0]
 
-    def base(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def base(self, changes: Mapping[str, Any], world: int = 1) -> dict[str, Any]:
         """The run that a change is compared with."""
-        key = json.dumps(dict(changes), sort_keys=True)
+        key = f"{world} {json.dumps(dict(changes), sort_keys=True)}"
         if key not in self._base:
-            self._base[key] = self(changes)
+            self._base[key] = self(changes, world)
         return self._base[key]
 
 
@@ -270,11 +298,13 @@ class Observer:
 def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer:
     root = tmp_path_factory.mktemp("effects")
     (root / "other").mkdir()
+    (root / "bert").mkdir()
     tokenizer = make_tokenizer(root)
     data = make_dataset(root, tokenizer)
     names = {
         "data": str(data),
         "other": str(make_dataset(root / "other", tokenizer, shift=3)),
+        "bert_data": str(make_bert_dataset(root / "bert")),
         "prefix": str(data / "shard_00000"),
         "tokenizer": str(tokenizer),
     }
@@ -301,12 +331,12 @@ def test_two_runs_of_one_config_show_the_same(observer: Observer) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.leaf}={row.value}" for row in ROWS])
 def test_a_change_has_an_effect(row: Row, observer: Observer) -> None:
-    changed = observer({**row.base, row.leaf: row.value})
+    changed = observer({**row.base, row.leaf: row.value}, row.world)
     if row.refused:
         assert row.leaf in changed["refused"]
         assert row.refused in changed["refused"]
         return
-    base = observer.base(row.base)
+    base = observer.base(row.base, row.world)
     assert "refused" not in base, base["refused"]
     if row.leaf != "run.device":  # refused where there is no GPU: that is its effect
         assert "refused" not in changed, changed["refused"]

@@ -16,7 +16,9 @@ from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
+from megascale.parallel.fragment import global_runs
 from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.tensor_parallel import Placement
 from megascale.training.assemble import assemble_engine, build_schedule, evaluation_loaders
 from megascale.training.datasets import open_corpora, resolve_vocab_size
 from megascale.training.evaluation import evaluate
@@ -25,6 +27,9 @@ from megascale.training.state import TrainState
 from megascale.training.step import StepParts, train_step
 from megascale.training.tasks.base import Task
 from megascale.training.tasks.registry import build_task
+
+# name, global shape, (begin, length) of the runs in the flattened global tensor, values
+Piece = tuple[str, tuple[int, ...], tuple[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -44,7 +49,7 @@ class _Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.gradients: list[list[tuple[str, tuple[int, ...], int, np.ndarray]]] = []
+        self.gradients: list[list[Piece]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -54,9 +59,14 @@ class _Recorder:
         return self._engine.step(lr)
 
 
-def _pieces(engine: Engine, kind: str) -> list[tuple[str, tuple[int, ...], int, np.ndarray]]:
+def _pieces(engine: Engine, kind: str) -> list[Piece]:
     return [
-        (f.name, f.global_shape, f.start, f.tensor.float().numpy().copy())
+        (
+            f.name,
+            f.global_shape,
+            global_runs(f.global_shape, f.box, f.start, f.numel),
+            f.tensor.float().numpy().copy(),
+        )
         for f in engine.fragments([kind])
     ]
 
@@ -81,9 +91,9 @@ class _OtherStart:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
-    def initialize(self, module: torch.nn.Module) -> None:
+    def initialize(self, module: torch.nn.Module, placements: Mapping[str, Placement]) -> None:
         run = self._config.run.model_copy(update={"seed": self._config.run.seed + 1000})
-        build_task(self._config.model_copy(update={"run": run})).initialize(module)
+        build_task(self._config.model_copy(update={"run": run})).initialize(module, placements)
 
 
 def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
@@ -91,7 +101,7 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
     config = load_config(settings, checks=all_checks(), world_size=dist.get_world_size())
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
-    mesh = build_mesh("cpu")
+    mesh = build_mesh("cpu", tensor_parallel_size=config.parallel.tensor_parallel_size)
     cpu = torch.device("cpu")
     task = build_task(config)
     starting = _OtherStart(task, config) if other_start else task
@@ -146,6 +156,7 @@ def record_rank(settings: Mapping[str, Any], steps: int, evaluate_every: int = 0
         "gradients": setup.engine.gradients,
         "weights": _pieces(setup.engine, "master"),
         "sample_ids": ids,
+        "dp_rank": setup.mesh.dp_rank,
         "valid": (valid.loss, valid.tokens),
     }
     setup.engine.close()
@@ -195,28 +206,38 @@ def merge(ranks: list[dict[str, Any]]) -> Record:
         norms=ranks[0]["norms"],
         gradients=[_full([piece for r in ranks for piece in r["gradients"][s]]) for s in steps],
         weights=_full([piece for r in ranks for piece in r["weights"]]),
-        sample_ids=[[i for r in ranks for i in r["sample_ids"][s]] for s in steps],
+        sample_ids=[_by_dp_rank(ranks, s) for s in steps],
         valid=ranks[0]["valid"],
     )
 
 
-def _full(pieces: list[tuple[str, tuple[int, ...], int, np.ndarray]]) -> dict[str, np.ndarray]:
+def _by_dp_rank(ranks: list[dict[str, Any]], step: int) -> list[int]:
+    """Sample ids of a step in order; ranks that share a replica must have read the same."""
+    by_replica: dict[int, list[int]] = {}
+    for rank in ranks:
+        ids = rank["sample_ids"][step]
+        assert by_replica.setdefault(rank["dp_rank"], ids) == ids
+    return [i for dp_rank in sorted(by_replica) for i in by_replica[dp_rank]]
+
+
+def _full(pieces: list[Piece]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     covered: dict[str, np.ndarray] = {}
-    for name, shape, start, values in pieces:
+    for name, shape, (begins, lengths), values in pieces:
         size = int(np.prod(shape))
         flat = tensors.setdefault(name, np.full(size, np.nan, dtype=np.float32))
         count = covered.setdefault(name, np.zeros(size, dtype=np.int64))
-        flat[start : start + values.size] = values
-        count[start : start + values.size] += 1
+        at = 0
+        for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
+            flat[begin : begin + length] = values[at : at + length]
+            count[begin : begin + length] += 1
+            at += length
     for name, count in covered.items():
         assert (count == 1).all(), f"{name}: elements held {count.min()} to {count.max()} times"
     return {name: flat.reshape(_shape(pieces, name)) for name, flat in tensors.items()}
 
 
-def _shape(
-    pieces: list[tuple[str, tuple[int, ...], int, np.ndarray]], name: str
-) -> tuple[int, ...]:
+def _shape(pieces: list[Piece], name: str) -> tuple[int, ...]:
     return next(shape for other, shape, _, _ in pieces if other == name)
 
 

@@ -40,7 +40,6 @@ BASE: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 36,
         "num_attention_heads": 4,
-        "num_kv_heads": 2,
         "ffn_hidden_size": 75,
         "seq_length": 23,
         "vocab_size": 101,
@@ -51,6 +50,8 @@ BASE: dict[str, Any] = {
     "schedule": {"name": "linear", "warmup_steps": 2},
 }
 LLAMA = {
+    "model.hidden_size": 40,  # rotary needs an even head width
+    "model.num_kv_heads": 2,
     "model.position_embedding": "rope",
     "model.norm": "rmsnorm",
     "model.activation": "swiglu",

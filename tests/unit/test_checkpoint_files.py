@@ -18,6 +18,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megascale.checkpoint.manager import CheckpointManager
 from megascale.checkpoint.manifest import FileEntry, Manifest, Piece, dump_manifest, read_manifest
 from megascale.checkpoint.reader import CheckpointReader, _overlaps
 from megascale.checkpoint.storage import Storage
@@ -390,3 +391,17 @@ def test_an_illegal_piece_is_refused(checkpoint: Path, name: str) -> None:
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert "not a complete checkpoint" in _refused(tmp_path)
     assert "not a complete checkpoint" in _refused(tmp_path / "nowhere")
+
+
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    """The replaced checkpoint gets its name back; one that was replaced is removed."""
+    manager = CheckpointManager(str(tmp_path))
+    for name in (".replaced_step_00000002", ".replaced_step_00000004", "step_00000004"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(name)
+    assert manager.steps() == [4]
+    manager.recover()
+    assert manager.steps() == [2, 4]
+    assert (tmp_path / "step_00000002" / "manifest.json").read_text() == ".replaced_step_00000002"
+    assert (tmp_path / "step_00000004" / "manifest.json").read_text() == "step_00000004"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]

@@ -242,6 +242,13 @@ CASES: dict[str, list[Case]] = {
             "evaluation.interval=5",
         ),
     ],
+    "ignored:parallel.sequence_parallel": [
+        Case(
+            "parallel.sequence_parallel=true",
+            "parallel.sequence_parallel",
+            "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
+        ),
+    ],
     "ignored:checkpoint.keep_last": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
@@ -249,25 +256,94 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_last=2",
         ),
     ],
-    "not_built:model.family": [
+    "ignored:model.num_token_types": [
         Case(
-            "model.family=bert", "model.family", "model.family=gpt", "the bert family is not built"
+            "model.num_token_types=3",
+            "model.num_token_types",
+            "model.num_token_types=3 model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.masking": [
+        Case(
+            "data.masking=ngram",
+            "data.masking",
+            "data.masking=ngram model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.mask_probability": [
+        Case(
+            "data.mask_probability=0.2",
+            "data.mask_probability",
+            "data.mask_probability=0.2 model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.sentence_objective": [
+        Case(
+            "data.sentence_objective=sop",
+            "data.sentence_objective",
+            "data.sentence_objective=sop model.family=bert",
+            "is a bert",
+        ),
+    ],
+    **{
+        f"only_gpt:{path}": [
+            Case(
+                f"model.family=bert {path}={value} {beside}",
+                path,
+                f"model.family=gpt {path}={value} {beside}",
+                "gpt only",
+            )
+        ]
+        for path, value, beside in (
+            ("model.num_kv_heads", "6", ""),
+            ("model.position_embedding", "rope", ""),
+            ("model.norm", "rmsnorm", ""),
+            ("model.bias", "false", ""),
+            ("model.tie_word_embeddings", "false", ""),
+            ("model.head_dim", "32", ""),
+            ("model.norm_placement", "sandwich", ""),
+            ("model.parallel_residual", "true", ""),
+            ("model.qkv_bias", "false", ""),
+            ("model.attention_output_bias", "false", ""),
+            ("model.mlp_bias", "false", ""),
+            ("model.qk_norm", "true", ""),
+            ("model.query_scaling", "9.0", ""),
+            ("model.attention_softcap", "9.0", ""),
+            ("model.logit_softcap", "9.0", ""),
+            ("model.sliding_window", "9", ""),
+            ("model.scale_embeddings", "true", ""),
+            ("data.isolate_documents", "true", ""),
+        )
+    },
+    "only_gpt:parallel.sequence_parallel": [
+        Case(
+            "model.family=bert parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
+            "parallel.sequence_parallel",
+            "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
+            "gpt only",
+        ),
+    ],
+    "bert_has_no_gate": [
+        Case(
+            "model.family=bert model.activation=swiglu",
+            "model.activation",
+            "model.family=bert model.activation=gelu",
+        ),
+    ],
+    "pairs_need_token_types": [
+        Case(
+            "model.family=bert model.num_token_types=1 data.sentence_objective=nsp",
+            "model.num_token_types",
+            "model.family=bert model.num_token_types=1 data.sentence_objective=none",
+            "two segments",
         ),
     ],
     "not_built:precision.dtype": [
         Case("precision.dtype=fp16", "precision.dtype", "precision.dtype=bf16", "fp16 training"),
         Case("precision.dtype=fp16", "precision.dtype", "precision.dtype=fp32", "fp32 or bf16"),
-    ],
-    "not_built:parallel.tensor_parallel_size": [
-        Case(
-            "parallel.tensor_parallel_size=2",
-            "parallel.tensor_parallel_size",
-            "parallel.tensor_parallel_size=1",
-            "tensor parallelism is not built yet in this version",
-        ),
-    ],
-    "not_built:parallel.sequence_parallel": [
-        Case("parallel.sequence_parallel=true", "parallel.sequence_parallel", "", "= false"),
     ],
     "not_built:parallel.pipeline_parallel_size": [
         Case(
@@ -364,7 +440,7 @@ def test_a_check_reads_no_more_than_it_declares(check: Check) -> None:
 
 
 def test_world_size_beside_a_layout() -> None:
-    """Model parallelism is not built yet, so its arithmetic is tested on the checks alone."""
+    """Pipelines are not built yet, so the arithmetic is tested on the checks alone."""
     by_name = {check.name: check for check in DEFAULT_CHECKS}
     fits, batch = by_name["world_size_fits_layout"], by_name["batch_fits_world_size"]
     layout = "parallel.tensor_parallel_size=2 parallel.pipeline_parallel_size=2 "

@@ -69,3 +69,17 @@ def test_schema_is_json_of_the_whole_tree() -> None:
     schema = json.loads(invoke("schema"))
     assert set(schema["required"]) == {"data"}
     assert "num_layers" in schema["$defs"]["ModelConfig"]["properties"]
+
+
+def test_layout_tells_who_is_where(file: Path) -> None:
+    """tp is innermost: neighbouring ranks share the matrices of a layer."""
+    lines = invoke(
+        "layout", file, "parallel.tensor_parallel_size=2", "--world-size", 4
+    ).splitlines()
+    assert lines[0] == "world size pp 1 x dp 2 x cp 1 x tp 2"
+    assert [line.split() for line in lines[2:]] == [
+        ["0", "0", "0", "0", "0", "0"],
+        ["1", "0", "0", "0", "0", "1"],
+        ["2", "0", "0", "1", "0", "0"],
+        ["3", "0", "0", "1", "0", "1"],
+    ]

@@ -93,4 +93,5 @@ def test_evaluation_gives_each_sample_once_and_each_rank_as_many_batches(
             assert (batch["labels"][real] == batch["sample_ids"][real, None] + 1).all()
             seen += batch["sample_ids"][real].tolist()
     assert len(counts) == 1
-    assert sorted(seen) == list(range(length if max_samples is None else max_samples))
+    count = length if max_samples is None else max_samples
+    assert sorted(seen) == [number * length // count for number in range(count)]

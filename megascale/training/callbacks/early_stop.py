@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megascale.training.callbacks.base import Callback
@@ -29,7 +30,8 @@ class EarlyStopCallback(Callback):
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """The loss is the same on every rank, so all ranks decide alike."""
-        if self._best is None or result.loss < self._best - self._min_delta:
+        finite = math.isfinite(result.loss)  # NaN would never be undercut
+        if finite and (self._best is None or result.loss < self._best - self._min_delta):
             self._best, self._without_improvement = result.loss, 0
         else:
             self._without_improvement += 1
@@ -37,9 +39,12 @@ class EarlyStopCallback(Callback):
             trainer.stop(f"validation loss {result.loss:.4f} reached the target {self._target}")
         elif self._patience is not None and self._without_improvement >= self._patience:
             trainer.stop(
-                f"no improvement of the validation loss below {self._best:.4f} "
+                f"no improvement of the validation loss below {self._shown_best()} "
                 f"in {self._without_improvement} validations"
             )
+
+    def _shown_best(self) -> str:
+        return "any finite value" if self._best is None else f"{self._best:.4f}"
 
     def state_dict(self) -> dict[str, Any]:
         """Best loss and count of validations since."""

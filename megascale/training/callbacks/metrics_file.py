@@ -42,6 +42,7 @@ class MetricsFileCallback(Callback):
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Remember the validation for the line of this step."""
         self._evaluation = {f"{split}_loss": result.loss, f"{split}_tokens": result.tokens}
+        self._evaluation |= {f"{split}_{name}": value for name, value in result.metrics.items()}
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Write the step's line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megascale.data.atomic_files import disk_errors
 from megascale.training.callbacks.base import Callback
 from megascale.training.evaluation import EvaluationResult
 from megascale.training.state import StepResult
@@ -36,24 +37,28 @@ class TensorBoardCallback(Callback):
             # imported here: it costs a second that only the main rank should pay
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=trainer.state.step + 1)
+            with disk_errors(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=trainer.state.step + 1)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Add the step's scalars."""
         if self._writer is None:
             return
-        for field, tag in _TAGS.items():
-            value = getattr(result, field)
-            if value is not None:
-                self._writer.add_scalar(tag, value, result.step)
+        with disk_errors(self._folder):
+            for field, tag in _TAGS.items():
+                value = getattr(result, field)
+                if value is not None:
+                    self._writer.add_scalar(tag, value, result.step)
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
-        """Add the validation loss."""
+        """Add the validation loss and the task's own metrics."""
         if self._writer is not None:
-            self._writer.add_scalar(f"{split}/loss", result.loss, trainer.state.step)
+            for name, value in {"loss": result.loss, **result.metrics}.items():
+                self._writer.add_scalar(f"{split}/{name}", value, trainer.state.step)
 
     def close(self) -> None:
         """Flush and close."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with disk_errors(self._folder):
+                writer.close()

@@ -27,12 +27,13 @@ class ValidationCallback(Callback):
         self._last_step = -1
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Every `interval` steps."""
-        if self._interval and result.step % self._interval == 0:
+        """Every `interval` steps, and at the last one, so that its line and checkpoint know."""
+        due = self._interval and result.step % self._interval == 0
+        if due or result.step == trainer.max_steps:
             self._validate(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """At the end, unless the last step was validated already."""
+        """After a run that was stopped early or resumed at its end, unless already validated."""
         if self._last_step != trainer.state.step:
             self._validate(trainer)
 

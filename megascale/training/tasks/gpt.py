@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
+from megascale.data.corpus import TokenCorpus
+from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
+from megascale.data.loader import EvaluationLoader
+from megascale.data.protocol import IGNORE_LABEL
+from megascale.data.statistics import ngram_entropy
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
-from megascale.training.datasets import Corpora, RunData, open_gpt_data
-
-IGNORE = -100
+from megascale.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megascale.parallel.tensor_parallel import (
+    Placement,
+    Plan,
+    Rule,
+    TensorGroup,
+    interval,
+    parallelize,
+)
+from megascale.training.datasets import (
+    Corpora,
+    RunData,
+    TokenRange,
+    open_run_data,
+    require_mode,
+)
+from megascale.training.losses import whole_cross_entropy
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -72,12 +92,17 @@ class GPTModule(nn.Module):
         seed: the run's seed, from which dropout masks follow.
     """
 
+    objectives = ("next_token",)
+
     def __init__(self, config: GPTConfig, seed: int) -> None:
         super().__init__()
         self.seed = seed
         self.model = GPT(config)
         self.head = LMHead(
             config.hidden_size, config.vocab_size, config.tie_word_embeddings, config.logit_softcap
+        )
+        self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
+            whole_cross_entropy
         )
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
 
@@ -107,10 +132,42 @@ class GPTModule(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropies in nats, and their number (labels of -100 do not count)."""
         logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
-        loss_sum = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        return loss_sum, (labels != IGNORE).sum()
+        loss_sum = self.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return loss_sum, (labels != IGNORE_LABEL).sum()
+
+
+def gpt_plan(config: GPTConfig) -> Plan:
+    """How a GPT is cut (arXiv:1909.08053, arXiv:2205.05198); heads stay whole."""
+    layer = "model.layers.*"
+    head = Rule("column", unit=config.head_dim)
+    plan = {
+        "model.embedding.tokens": Rule("vocab"),
+        "model.embedding.dropout": Rule("drop_sequence"),
+        f"{layer}.attention_norm": Rule("sequence"),
+        f"{layer}.attention.query": head,
+        f"{layer}.attention.key": head,
+        f"{layer}.attention.value": head,
+        f"{layer}.attention.core.dropout": Rule("drop_heads"),
+        f"{layer}.attention.output": Rule("row", unit=config.head_dim),
+        f"{layer}.attention_dropout": Rule("drop_sequence"),
+        f"{layer}.mlp_norm": Rule("sequence"),
+        f"{layer}.mlp.up": Rule("column"),
+        f"{layer}.mlp.down": Rule("row"),
+        f"{layer}.mlp_dropout": Rule("drop_sequence"),
+        "model.final_norm": Rule("sequence"),
+        "head": Rule("head"),
+    }
+    if config.position_embedding == "learned":
+        plan["model.embedding.positions"] = Rule("positions")
+    if config.activation in ("swiglu", "geglu"):
+        plan[f"{layer}.mlp.gate"] = Rule("column")
+    if config.norm_placement == "sandwich":
+        plan[f"{layer}.attention_post_norm"] = Rule("sequence")
+        plan[f"{layer}.mlp_post_norm"] = Rule("sequence")
+    if config.qk_norm:
+        plan[f"{layer}.attention.query_norm"] = Rule("heads")
+        plan[f"{layer}.attention.key_norm"] = Rule("heads")
+    return plan
 
 
 class GPTTask:
@@ -129,18 +186,57 @@ class GPTTask:
         assert isinstance(module, GPTModule)
         return list(module.model.layers.values())
 
-    def initialize(self, module: nn.Module) -> None:
+    def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
+        """See `Task.parallelize`."""
+        assert isinstance(module, GPTModule)
+        first_id, _ = interval(
+            self._gpt.vocab_size, 1, tensor.rank, tensor.size, "model.vocab_size"
+        )
+        module.cross_entropy = partial(
+            vocab_parallel_cross_entropy, first_id=first_id, group=tensor.group
+        )
+        return parallelize(module, gpt_plan(self._gpt), tensor)
+
+    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
         initialize(
             module,
             self._config.run.seed,
             init_std=self._gpt.init_std,
             num_layers=self._gpt.num_layers,
+            parts={name: (p.global_shape, p.box) for name, p in placements.items()},
         )
 
     def open_data(self, corpora: Corpora) -> RunData:
         """See `Task.open_data`."""
-        return open_gpt_data(self._config, corpora)
+        isolate, seed = self._config.data.isolate_documents, self._config.run.seed
+
+        def training_set(corpus: TokenCorpus, part: TokenRange) -> GPTDataset:
+            require_mode(corpus, "gpt")
+            return GPTDataset(corpus, part, self._gpt.seq_length, seed, isolate)
+
+        return open_run_data(
+            self._config, corpora, training_set, partial(self.evaluation_set, corpora)
+        )
+
+    def evaluation_set(
+        self, corpora: Corpora, corpus: TokenCorpus, part: TokenRange
+    ) -> EvaluationDataset:
+        """See `Task.evaluation_set`."""
+        require_mode(corpus, "gpt")
+        isolate = self._config.data.isolate_documents
+        return EvaluationDataset(corpus, part, self._gpt.seq_length, isolate)
+
+    def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
+        """See `Task.byte_lengths`."""
+        return corpora.tokenizer.byte_lengths() if corpora.tokenizer else None
+
+    def baselines(self, corpora: Corpora, held_out: Iterable[EvaluationLoader]) -> dict[str, float]:
+        """Entropies of the training part, nats a token: what tables of counts could reach."""
+        corpus = corpora.corpora[0]
+        train = corpus.split(self._config.data.split, minimum_tokens=2)[0]
+        unigram, bigram = ngram_entropy(corpus, train)
+        return {"unigram_entropy": unigram, "bigram_entropy": bigram}
 
     def flops_per_sample(self) -> float:
         """See `Task.flops_per_sample`."""

@@ -1,0 +1,165 @@
+"""`megascale verify layout`: prove on real processes that layouts are the same training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from megascale.cli.config import ConfigFile, Overrides, all_checks
+from megascale.cli.process import distributed_process
+from megascale.config.load import load_config
+from megascale.config.schema import Config
+from megascale.launcher.local import launch_local
+from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
+
+if TYPE_CHECKING:
+    from megascale.verification.report import Row
+
+app = typer.Typer(help="Prove that layouts and resumes are the same training.")
+
+# The config's own optimizer, and SGD without clipping: Adam and clipping hide scale.
+SGD = ("optimizer.name=sgd", "optimizer.lr=0.02", "optimizer.grad_clip=0.0")
+SGD_RESETS = ("optimizer.betas=[0.9, 0.95]", "optimizer.eps=1.0e-8")
+VARIANTS = {"config": (), "sgd": (*SGD_RESETS, *SGD)}
+
+
+@app.command()
+def layout(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    layouts: Annotated[
+        str, typer.Option(help='"auto", or layouts such as "dp=4;tp=2,dp=2,zero=1".')
+    ] = "auto",
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of the layouts of auto.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare layouts with the single process, step by step; exit code 0 only if all agree."""
+    base = list(overrides or ())
+    chosen = _choose(config, base, layouts, nproc)
+    console = Console(stderr=as_json)
+    console.print(f"{len(chosen)} layouts, {steps} steps, {', '.join(VARIANTS)} optimizer")
+    folder = Path(tempfile.mkdtemp(prefix="megascale-verify-"))
+    try:
+        rows = _run_all(config, base, chosen, steps, device, folder, console)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _print(rows, as_json, console)
+    if not all(row.agrees for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command("ranks", hidden=True)
+def ranks(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    layouts: Annotated[str, typer.Option()] = "",
+    steps: Annotated[int, typer.Option()] = 1,
+    device: Annotated[str, typer.Option()] = "cpu",
+    folder: Annotated[Path, typer.Option()] = Path(),
+) -> None:
+    """What each process of a layout runs; started by `verify layout`."""
+    from megascale.verification.record import record_run
+
+    with distributed_process(device) as place:
+        for chosen in parse_layouts(layouts):
+            for variant, changes in VARIANTS.items():
+                checked = _load(config, [*(overrides or ()), *changes], chosen)
+                record_run(checked, place, steps, folder / str(chosen) / variant)
+            (folder / str(chosen) / "done").touch()
+
+
+def _load(config: Path, overrides: Sequence[str], chosen: Layout) -> Config:
+    everything = [*overrides, *chosen.overrides()]
+    return load_config(config, everything, checks=all_checks(), world_size=chosen.world_size)
+
+
+def _choose(config: Path, overrides: list[str], text: str, nproc: int) -> list[Layout]:
+    """The layouts to verify, each checked; the single process must be legal too."""
+    _load(config, overrides, SINGLE)
+    if text == "auto":
+        return list(legal_layouts(nproc, lambda one: _load(config, overrides, one)))
+    chosen = parse_layouts(text)
+    for one in chosen:
+        _load(config, overrides, one)
+    return chosen
+
+
+def _run_all(
+    config: Path,
+    overrides: list[str],
+    chosen: list[Layout],
+    steps: int,
+    device: str,
+    folder: Path,
+    console: Console,
+) -> list[Row]:
+    """Start the processes of the reference, then those of the layouts, and compare."""
+    from megascale.verification.report import Row
+
+    def start(group: Sequence[Layout]) -> int:
+        arguments = ["verify", "ranks", str(config), *overrides]
+        arguments += ["--layouts", ";".join(map(str, group)), "--steps", str(steps)]
+        arguments += ["--device", device, "--folder", str(folder)]
+        return launch_local(arguments, group[0].world_size, folder / "logs")
+
+    if start([SINGLE]):
+        raise typer.Exit(2)
+    rows = []
+    for size in sorted({one.world_size for one in chosen}):
+        waiting = [one for one in chosen if one.world_size == size]
+        while waiting:
+            # ranks are started once for many layouts; after a failure, anew for the rest
+            code = start(waiting)
+            for one in list(waiting):
+                if not (folder / str(one) / "done").exists():
+                    break
+                rows.append(_compare(config, overrides, one, folder))
+                shutil.rmtree(folder / str(one), ignore_errors=True)
+                waiting.remove(one)
+            if code and waiting:
+                rows.append(Row(waiting.pop(0), {}, f"its processes ended with code {code}"))
+    return rows
+
+
+def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -> Row:
+    from megascale.verification.compare import BF16, FP32, compare
+    from megascale.verification.record import read_record
+    from megascale.verification.report import Row
+
+    verdicts = {}
+    for variant, changes in VARIANTS.items():
+        checked = _load(config, [*overrides, *changes], chosen)
+        tolerance = FP32 if checked.precision.dtype == "fp32" else BF16
+        found = read_record(folder / str(chosen) / variant, chosen.world_size)
+        expected = read_record(folder / str(SINGLE) / variant, 1)
+        with contextlib.closing(found), contextlib.closing(expected):
+            train = checked.train
+            micro = train.global_batch_size // (train.micro_batch_size * chosen.dp)
+            lr = checked.optimizer.lr
+            verdicts[variant] = compare(found, expected, chosen, tolerance, micro, lr)
+    return Row(chosen, verdicts)
+
+
+def _print(rows: list[Row], as_json: bool, console: Console) -> None:
+    from megascale.verification.report import as_json as to_json
+    from megascale.verification.report import explain, table
+
+    if as_json:
+        typer.echo(json.dumps(to_json(rows), indent=1))
+        return
+    console.print(table(rows))
+    for row in rows:
+        for line in explain(row):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    same = sum(row.agrees for row in rows)
+    console.print(f"{same} of {len(rows)} layouts are the same training as the single process")

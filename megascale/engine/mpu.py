@@ -1,0 +1,58 @@
+"""The model-parallel unit that DeepSpeed asks questions of, answered by our mesh."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megascale.parallel.mesh import ParallelMesh
+
+
+class Mpu:
+    """DeepSpeed's view of a ParallelMesh; the method names are DeepSpeed's.
+
+    Its model-parallel group (over which the gradient norm is summed) spans all axes that cut the
+    model.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank along dp."""
+        return self._mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of dp."""
+        return self._mesh.dp_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Group of dp."""
+        return self._mesh.dp_group
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank along tp."""
+        return self._mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of tp."""
+        return self._mesh.tp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Group of tp."""
+        return self._mesh.tp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        """Rank along pp."""
+        return self._mesh.device_mesh["pp"].get_local_rank()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Size of pp."""
+        return self._mesh.device_mesh["pp"].size()
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """Group of pp."""
+        return self._mesh.device_mesh["pp"].get_group()

@@ -1,0 +1,1 @@
+"""Proving that two runs are the same training: layouts against the single process."""

@@ -1,0 +1,208 @@
+"""Comparing a recorded run with the single process, and naming what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megascale.verification.layout import Layout
+from megascale.verification.record import RunRecord, take
+
+# A gradient that is zero in exact arithmetic (key biases: softmax does not see a shift) is pure
+# rounding; a tensor counts as at least this part of the whole gradient's norm.
+NOISE = 1e-5
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a layout may be from the single process; relative unless said otherwise.
+
+    Attributes:
+        loss, norm: of each step.
+        gradient: root mean square of the difference over that of the gradient, each tensor.
+        weight: absolute, in units of the learning rate times 1000 (1e-5 at lr 1e-3).
+    """
+
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+
+
+FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-5)
+# One bf16 rounding is 2^-9; see docs/numerics.md
+BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first thing that is not the same.
+
+    Attributes:
+        step: 1-based; 0 when the whole run failed.
+        what: "loss", "gradient norm", "gradient", "weight", "samples", "replicas" or "crash".
+        tensor: its name, "" for scalars.
+        size: the difference in the units of its tolerance.
+        cause: what such a difference usually comes from.
+        line: the line of the plan that cuts the tensor.
+    """
+
+    step: int
+    what: str
+    tensor: str
+    size: float
+    cause: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one layout.
+
+    Attributes:
+        loss, norm, gradient, weight: the largest differences seen.
+        first: the first difference beyond the tolerance, None when all agree.
+    """
+
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+    first: Difference | None
+
+
+def compare(
+    found: RunRecord,
+    expected: RunRecord,
+    layout: Layout,
+    tolerance: Tolerance,
+    micro: int,
+    lr: float,
+) -> Verdict:
+    """Compare step by step; tensors in backward order, so that the first named is the source.
+
+    Args:
+        micro: micro-batches a rank runs in each step, for naming factors.
+        lr: peak learning rate, which scales what a difference of weights means.
+    """
+    worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
+    first: Difference | None = None
+    for step in range(len(expected.losses)):
+        checks = _step_differences(found, expected, step, lr)
+        for what, tensor, size in checks:
+            key = {"gradient norm": "norm"}.get(what, what)
+            limit = getattr(tolerance, key) if key in worst else 0.0
+            if key in worst:
+                worst[key] = _larger(worst[key], size)
+            if first is None and not size <= limit:
+                cause, line = _cause(found, expected, step, what, tensor, layout, micro)
+                first = Difference(step + 1, what, tensor, size, cause, line)
+    return Verdict(first=first, **worst)
+
+
+def _larger(a: float, b: float) -> float:
+    """max in which NaN wins: Python's max would hide it."""
+    return b if not b <= a else a
+
+
+def _step_differences(
+    found: RunRecord, expected: RunRecord, step: int, lr: float
+) -> list[tuple[str, str, float]]:
+    """(what, tensor, size) of one step in the order in which an error would spread."""
+    rows: list[tuple[str, str, float]] = [
+        ("samples", "", float(found.samples[step] != expected.samples[step])),
+        ("loss", "", _relative(found.losses[step], expected.losses[step])),
+    ]
+    names = list(reversed(expected.names))
+    norm = expected.norms[step]
+    for name in names:
+        rows.append(("replicas", name, _drift(found, step, "grad", name)))
+        ours, theirs = found.whole(step, "grad", name), expected.whole(step, "grad", name)
+        floor = NOISE * norm
+        rows.append(("gradient", name, _l2(ours - theirs) / max(_l2(theirs), floor)))
+    rows.append(("gradient norm", "", _relative(found.norms[step], norm)))
+    for name in names:
+        rows.append(("replicas", name, _drift(found, step, "master", name)))
+        ours, theirs = found.whole(step, "master", name), expected.whole(step, "master", name)
+        rows.append(("weight", name, float(np.abs(ours - theirs).max()) / max(1.0, lr * 1000)))
+    return rows
+
+
+def _relative(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-30)
+
+
+def _l2(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values.astype(np.float64)).sum()))
+
+
+def _drift(record: RunRecord, step: int, kind: str, name: str) -> float:
+    """1 when ranks that hold the same elements disagree on them, else 0; bits are compared."""
+    seen: dict[tuple, np.ndarray] = {}
+    for _, part, values in record.copies(step, kind, name):
+        place = (part.box, part.start, part.numel)
+        if not np.array_equal(seen.setdefault(place, values), values):
+            return 1.0
+    return 0.0
+
+
+def _cause(
+    found: RunRecord,
+    expected: RunRecord,
+    step: int,
+    what: str,
+    tensor: str,
+    layout: Layout,
+    micro: int,
+) -> tuple[str, str]:
+    """(explanation, plan line) of a difference."""
+    if what == "samples":
+        return "ranks read other samples, or in another order", ""
+    if what in ("loss", "gradient norm"):
+        field = "losses" if what == "loss" else "norms"
+        ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
+        ratio = ours / theirs if theirs else float("nan")
+        named = _factor(ratio, layout, micro)
+        return named or "no gradient differs before it: look at its own reduction", ""
+    kind = "master" if what == "weight" else "grad"
+    parts = [part for _, part, _ in found.copies(step, kind, tensor)]
+    line = parts[0].line if parts else ""
+    if what == "replicas":
+        return "copies on different ranks differ: a missing synchronisation", line
+    ours, theirs = found.whole(step, kind, tensor), expected.whole(step, kind, tensor)
+    if not np.isfinite(ours).all():
+        return "not finite (or held by no rank)", line
+    scale = float(ours @ theirs / max(theirs @ theirs, 1e-300))
+    rest = _l2(ours - scale * theirs) / max(_l2(ours), 1e-300)
+    if rest < 1e-3 and abs(scale - 1) > 1e-3:
+        return _factor(scale, layout, micro) or f"scaled by {scale:.4g}", line
+    wrong = _wrong_ranks(found, step, kind, tensor, theirs)
+    if 0 < len(wrong) < len(parts):
+        return f"only the slice of rank(s) {', '.join(map(str, wrong))} differs: a bad cut", line
+    return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
+
+
+def _wrong_ranks(
+    found: RunRecord, step: int, kind: str, tensor: str, theirs: np.ndarray
+) -> list[int]:
+    wrong = []
+    for rank, part, values in found.copies(step, kind, tensor):
+        right = take(theirs, part)
+        if _l2(values - right) > 1e-4 * max(_l2(right), 1e-300):
+            wrong.append(rank)
+    return wrong
+
+
+def _factor(ratio: float, layout: Layout, micro: int) -> str:
+    """Name a factor by the sizes of the layout; "" when it is none of them."""
+    causes = [
+        (layout.tp, f"x tp ({layout.tp}): a doubled reduction over the tensor-parallel group"),
+        (1 / layout.tp, f"x 1/tp (1/{layout.tp}): a missing reduction over the group"),
+        (layout.dp, f"x dp ({layout.dp}): summed over replicas where the mean is meant"),
+        (1 / layout.dp, f"x 1/dp (1/{layout.dp}): averaged twice, or a replica is missing"),
+        (micro, f"x micro-batches ({micro}): the loss is not divided by their number"),
+        (1 / micro, f"x 1/micro-batches (1/{micro}): divided twice, or only one counted"),
+    ]
+    fitting = [text for value, text in causes if value != 1 and abs(ratio / value - 1) < 1e-2]
+    return ", or ".join(fitting)

@@ -1,0 +1,211 @@
+"""One rank's part of a recorded run: every gradient and weight of every step, in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.tensor_file import TensorFile, write_tensors
+from megascale.config.schema import Config
+from megascale.engine.protocol import Engine, StepOutcome
+from megascale.parallel.fragment import Box, Fragment, global_runs
+from megascale.training.assemble import assemble_step
+from megascale.training.state import TrainState
+from megascale.training.step import train_step
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank held of one tensor at one step.
+
+    Attributes:
+        step: 0-based step.
+        kind: "grad" (before clipping) or "master" (after the update).
+        line: the line of the tensor-parallel plan that cut it.
+    """
+
+    step: int
+    kind: str
+    name: str
+    global_shape: tuple[int, ...]
+    box: Box
+    start: int
+    numel: int
+    line: str
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor in the rank's file."""
+        return f"{self.step}/{self.kind}/{self.name}"
+
+
+class RecordingEngine:
+    """An engine that keeps copies of gradients before, and of masters after, each step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._step = 0
+        self.parts: list[Part] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self, lr: float) -> StepOutcome:
+        """See `Engine.step`."""
+        self._keep("grad")
+        outcome = self._engine.step(lr)
+        self._keep("master")
+        self._step += 1
+        return outcome
+
+    def _keep(self, kind: str) -> None:
+        for fragment in self._engine.fragments([kind], replicas=True):
+            part = _describe(self._step, fragment, self._engine)
+            self.parts.append(part)
+            self.tensors[part.key] = fragment.tensor.detach().float().cpu().clone()
+
+
+def _describe(step: int, fragment: Fragment, engine: Engine) -> Part:
+    return Part(
+        step=step,
+        kind=fragment.kind,
+        name=fragment.name,
+        global_shape=fragment.global_shape,
+        box=fragment.box,
+        start=fragment.start,
+        numel=fragment.numel,
+        line=engine.placements[fragment.name].rule,
+    )
+
+
+def record_run(config: Config, device: torch.device, steps: int, folder: Path) -> None:
+    """Train `steps` steps and write this rank's record below `folder`. Collective."""
+    parts = assemble_step(config, device, wrap=RecordingEngine)
+    recorder = parts.engine
+    assert isinstance(recorder, RecordingEngine)
+    state = TrainState()
+    losses, norms, samples = [], [], []
+    for _ in range(steps):
+        batches = parts.loader.load(state.samples_seen)
+        samples.append([i for batch in batches for i in batch["sample_ids"].tolist()])
+        result = train_step(parts, state)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    mesh = parts.mesh
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"rank_{mesh.rank:05d}.safetensors", "wb") as stream:
+        write_tensors(stream, recorder.tensors)
+    curve = {
+        "losses": losses,
+        "norms": norms,
+        "samples": samples,
+        "dp_rank": mesh.dp_rank,
+        "parts": [asdict(part) for part in recorder.parts],
+    }
+    (folder / f"rank_{mesh.rank:05d}.json").write_text(json.dumps(curve))
+    parts.loader.close()
+    recorder.close()
+
+
+@dataclass
+class RunRecord:
+    """All ranks' records of one run, read back.
+
+    Attributes:
+        losses, norms: by step.
+        samples: by step, sample ids in global order.
+        ranks: rank -> its parts by (step, kind, name).
+    """
+
+    losses: list[float]
+    norms: list[float]
+    samples: list[list[int]]
+    ranks: list[dict[tuple[int, str, str], Part]]
+    files: list[TensorFile]
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names in the order of the module."""
+        return list(dict.fromkeys(part.name for rank in self.ranks for part in rank.values()))
+
+    def copies(self, step: int, kind: str, name: str) -> Iterator[tuple[int, Part, np.ndarray]]:
+        """(rank, part, values) of every rank that held some of a tensor."""
+        for rank, parts in enumerate(self.ranks):
+            part = parts.get((step, kind, name))
+            if part is not None:
+                yield rank, part, self.files[rank].read(part.key).numpy()
+
+    def whole(self, step: int, kind: str, name: str) -> np.ndarray:
+        """The global tensor, flat fp64; elements that no rank held are NaN."""
+        flat: np.ndarray | None = None
+        for _, part, values in self.copies(step, kind, name):
+            if flat is None:
+                flat = np.full(int(np.prod(part.global_shape)), np.nan)
+            put(flat, part, values)
+        assert flat is not None, f"no rank recorded {kind} of {name}"
+        return flat
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+
+def put(flat: np.ndarray, part: Part, values: np.ndarray) -> None:
+    """Write a rank's values where they belong in the flattened global tensor."""
+    begins, lengths = global_runs(part.global_shape, part.box, part.start, part.numel)
+    at = 0
+    for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
+        flat[begin : begin + length] = values[at : at + length]
+        at += length
+
+
+def take(flat: np.ndarray, part: Part) -> np.ndarray:
+    """The values of the flattened global tensor that a rank's part covers."""
+    begins, lengths = global_runs(part.global_shape, part.box, part.start, part.numel)
+    runs = zip(begins.tolist(), lengths.tolist(), strict=True)
+    return np.concatenate([flat[begin : begin + length] for begin, length in runs])
+
+
+def read_record(folder: Path, world_size: int) -> RunRecord:
+    """Read what the ranks of one run wrote."""
+    storage = Storage(str(folder))
+    curves = [
+        json.loads((folder / f"rank_{rank:05d}.json").read_text()) for rank in range(world_size)
+    ]
+    ranks = [{_key(part): part for part in map(_part, curve["parts"])} for curve in curves]
+    files = []
+    for rank in range(world_size):
+        name = f"rank_{rank:05d}.safetensors"
+        files.append(TensorFile(storage.open_read(name), name, storage.size(name)))
+    return RunRecord(
+        losses=curves[0]["losses"],
+        norms=curves[0]["norms"],
+        samples=_global_samples(curves),
+        ranks=ranks,
+        files=files,
+    )
+
+
+def _part(values: dict[str, Any]) -> Part:
+    box = tuple((int(begin), int(end)) for begin, end in values["box"])
+    return Part(**{**values, "global_shape": tuple(values["global_shape"]), "box": box})
+
+
+def _key(part: Part) -> tuple[int, str, str]:
+    return part.step, part.kind, part.name
+
+
+def _global_samples(curves: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Sample ids of each step in the order of the data-parallel ranks, one a replica."""
+    replicas = {curve["dp_rank"]: curve["samples"] for curve in curves}
+    steps = range(len(curves[0]["samples"]))
+    return [[i for dp in sorted(replicas) for i in replicas[dp][step]] for step in steps]

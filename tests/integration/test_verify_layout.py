@@ -1,0 +1,176 @@
+"""`megascale verify layout` proves what is right and names what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megascale.cli.config import all_checks
+from megascale.config.load import load_config
+from megascale.errors import UserError
+from megascale.parallel import collectives, gradient_reducer, layers, tensor_parallel
+from megascale.verification.compare import FP32, Verdict, compare
+from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
+from megascale.verification.record import read_record, record_run
+from tests.distributed import Pools
+from tests.integration.runs import run, write_config
+from tests.parity.test_engines import settings_of
+
+MODEL = {
+    "model.hidden_size": 40,
+    "model.seq_length": 24,
+    "train.micro_batch_size": 2,
+    "optimizer.name": "sgd",
+    "optimizer.lr": 0.1,
+    "optimizer.grad_clip": 0.0,
+}
+
+
+def _plant(bug: str) -> None:
+    """Break something in this process, as a mistake in the code would."""
+    if bug == "reduction dropped":
+        layers.reduce_from_group = lambda x, group: x
+    elif bug == "reduction doubled":
+        summed = gradient_reducer.dist.all_reduce
+
+        def twice(tensor: torch.Tensor, **kwargs: Any) -> Any:
+            summed(tensor, group=kwargs["group"])
+            return summed(tensor, **kwargs)
+
+        gradient_reducer.dist = type("Dist", (), {"all_reduce": staticmethod(twice)})
+    elif bug == "sequence gradients not summed":
+        layers.copy_to_group = lambda x, group: x
+    elif bug == "wrong slice":
+        right = tensor_parallel.interval
+
+        def shifted(length: int, unit: int, rank: int, size: int, name: str) -> tuple[int, int]:
+            begin, end = right(length, unit, rank, size, name)
+            wrong = name.endswith("layers.0.mlp.up") and rank == 1
+            return (begin - 1, end - 1) if wrong else (begin, end)
+
+        tensor_parallel.interval = shifted
+    elif bug == "gather reversed":
+        gather = collectives.all_gather_sequence
+        layers.all_gather_sequence = lambda x, group: gather(x, group).flip(1)
+
+
+def _record(settings: dict[str, Any], folder: str, layout: Layout, bug: str) -> None:
+    """Runs on every rank."""
+    _plant(bug)
+    config = load_config(
+        settings, layout.overrides(), checks=all_checks(), world_size=layout.world_size
+    )
+    record_run(config, torch.device("cpu"), 2, Path(folder) / str(layout))
+
+
+@pytest.fixture(scope="module")
+def expected(pools: Pools, token_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    settings = settings_of(token_prefix, MODEL)
+    pools(1).run(_record, settings=settings, folder=str(folder), layout=SINGLE, bug="")
+    return folder
+
+
+def _verdict(
+    pools: Pools, prefix: Path, folder: Path, tmp_path: Path, layout: Layout, bug: str
+) -> Verdict:
+    pool = pools(layout.world_size)
+    settings = settings_of(prefix, MODEL)
+    pool.run(_record, settings=settings, folder=str(tmp_path), layout=layout, bug=bug)
+    if bug:
+        pool.close()  # its ranks are broken from here on
+    found = read_record(tmp_path / str(layout), layout.world_size)
+    reference = read_record(folder / str(SINGLE), 1)
+    with contextlib.closing(found), contextlib.closing(reference):
+        return compare(found, reference, layout, FP32, micro=4 // layout.dp, lr=0.1)
+
+
+TENSOR = Layout(tp=2, engine="torch")
+SEQUENCE = Layout(tp=2, sp=1, engine="torch")
+REPLICAS = Layout(dp=2, engine="torch")
+
+
+@pytest.mark.parametrize("layout", [TENSOR, SEQUENCE, REPLICAS], ids=str)
+def test_what_is_right_agrees(
+    pools: Pools, token_prefix: Path, expected: Path, tmp_path: Path, layout: Layout
+) -> None:
+    verdict = _verdict(pools, token_prefix, expected, tmp_path, layout, "")
+    assert verdict.first is None
+    assert 0 <= verdict.gradient < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("bug", "layout", "what", "tensor", "cause", "line"),
+    [
+        ("reduction dropped", TENSOR, "loss", "", "", ""),
+        ("reduction doubled", REPLICAS, "gradient", "norm", "x dp (2)", ""),
+        (
+            "sequence gradients not summed",
+            SEQUENCE,
+            "replicas",
+            "final_norm",
+            "missing sync",
+            "seq",
+        ),
+        ("gather reversed", SEQUENCE, "loss", "", "", ""),
+    ],
+)
+def test_a_planted_bug_is_found_and_named(
+    pools: Pools,
+    token_prefix: Path,
+    expected: Path,
+    tmp_path: Path,
+    bug: str,
+    layout: Layout,
+    what: str,
+    tensor: str,
+    cause: str,
+    line: str,
+) -> None:
+    first = _verdict(pools, token_prefix, expected, tmp_path, layout, bug).first
+    assert first is not None
+    assert first.step == 1
+    assert first.what == what
+    assert tensor in first.tensor
+    assert cause in first.cause
+    assert line in first.line
+
+
+def test_layouts_are_parsed_and_refused() -> None:
+    assert parse_layouts("dp=4; tp=2,dp=2,zero=1,sp=1") == [
+        Layout(dp=4),
+        Layout(dp=2, tp=2, zero=1, sp=1),
+    ]
+    assert parse_layouts(str(SEQUENCE)) == [SEQUENCE]
+    for text, words in (("pq=2", "pq=2"), ("tp=0", "at least 1"), ("zero=4", "0 to 3")):
+        with pytest.raises(UserError, match=words):
+            parse_layouts(text)
+
+
+def test_auto_takes_every_legal_layout(token_prefix: Path) -> None:
+    settings = settings_of(token_prefix, MODEL)
+
+    def check(layout: Layout) -> None:
+        load_config(settings, layout.overrides(), checks=all_checks(), world_size=layout.world_size)
+
+    found = list(legal_layouts(2, check))
+    # dp 2, tp 2 and tp 2 with sp, each 7 of (engine, stage), each 3 recomputations
+    assert len(found) == 3 * 7 * 3
+    assert len(set(found)) == len(found)
+    assert not any(one.engine == "deepspeed" and one.zero == 0 for one in found)
+
+
+def test_the_command(token_prefix: Path, tmp_path: Path) -> None:
+    settings = settings_of(token_prefix, {**MODEL, "train.global_batch_size": 4})
+    config = write_config(tmp_path / "config.yaml", settings)
+    done = run("verify", "layout", config, "--layouts", "tp=2,sp=1", "--steps", "1", "--json")
+    assert done.code == 0, done.output
+    (row,) = json.loads(done.stdout)
+    assert row["agrees"]
+    assert set(row["variants"]) == {"config", "sgd"}
+    assert row["variants"]["sgd"]["gradient"] < 1e-5

@@ -1,0 +1,181 @@
+"""Who a process is, and starting ranks on this machine: with small scripts in place of ranks."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megascale.errors import UserError
+from megascale.launcher import local
+from megascale.launcher.environment import ProcessInfo, process_info, world_size_of
+from megascale.launcher.local import launch_local
+from megascale.launcher.rendezvous import choose_device
+
+# Who a process is -----------------------------------------------------------------------------
+
+
+def test_without_a_launcher_a_process_is_alone() -> None:
+    assert process_info({}) == ProcessInfo(0, 1, 0, launched=False)
+    # a stray LOCAL_RANK (deepspeed's import sets it) does not make a launcher
+    assert process_info({"LOCAL_RANK": "3"}) == ProcessInfo(0, 1, 0, launched=False)
+
+
+def test_a_launcher_says_the_place() -> None:
+    found = process_info({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert found == ProcessInfo(rank=5, world_size=8, local_rank=1, launched=True)
+    assert process_info({"RANK": "0", "WORLD_SIZE": "1"}) == ProcessInfo(0, 1, 0, launched=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "'one'"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "''"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "'x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(
+    environment: dict[str, str], found: str
+) -> None:
+    with pytest.raises(UserError, match=found) as caught:
+        process_info(environment)
+    assert caught.value.remedy
+
+
+def test_one_launcher_decides_the_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_size_of(None) == 1
+    assert world_size_of(4) == 4
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert world_size_of(None) == world_size_of(4) == 4
+    with pytest.raises(UserError, match=r"--nproc 2 .*WORLD_SIZE=4"):
+        world_size_of(2)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    info = ProcessInfo(1, 2, 1, launched=True)
+    assert choose_device("auto", info) == choose_device("cpu", info) == torch.device("cpu")
+    with pytest.raises(UserError, match="local rank 1 has no GPU"):
+        choose_device("cuda", info)
+    with pytest.raises(UserError, match="'gpu'"):
+        choose_device("gpu", info)
+
+
+# Ranks on this machine ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """`launch_local([script], ...)` runs a line of shell on each rank; returns the log folder."""
+    interpreter = tmp_path / "interpreter"
+    # called as: interpreter -m megascale SCRIPT
+    interpreter.write_text('#!/bin/bash\n[ "$1 $2" = "-m megascale" ] || exit 99\neval "$3"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return tmp_path / "logs"
+
+
+def test_ranks_know_their_place_and_write_apart(
+    scripts: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $OMP_NUM_THREADS"; echo oops >&2'
+    monkeypatch.setattr(local.os, "cpu_count", lambda: 7)
+    assert launch_local([script], 3, scripts) == 0
+    captured = capfd.readouterr()
+    assert captured.out == "0 0 3 127.0.0.1 2\n"
+    assert captured.err == "oops\n"
+    for rank in (1, 2):
+        text = (scripts / f"rank_{rank:05d}.log").read_text()
+        assert text == f"{rank} {rank} 3 127.0.0.1 2\noops\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    launch_local([script], 1, scripts)
+    assert capfd.readouterr().out == "0 0 1 127.0.0.1 5\n"  # the user's own setting wins
+
+
+def test_rank_0_alone_inherits_the_listening_socket(
+    scripts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        'readlink "/proc/self/fd/$MEGASCALE_LISTEN_FD" | grep -c socket; '
+        '(exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") && echo connected'
+    )
+    assert launch_local([script], 1, scripts) == 0
+    assert capfd.readouterr().out == "1\nconnected\n"
+    # rank 0 stays until rank 1 has looked, as a store does
+    script = f'if [ "$RANK" = 0 ]; then sleep 1; else {script}; exit 0; fi'
+    assert launch_local([script], 2, scripts) == 0
+    assert (scripts / "rank_00001.log").read_text() == "0\nconnected\n"
+
+
+def test_a_rank_that_fails_ends_the_others_and_shows_its_log(
+    scripts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = 'if [ "$RANK" = 1 ]; then echo "the reason"; exit 3; else exec sleep 60; fi'
+    started = time.monotonic()
+    assert launch_local([script], 3, scripts) == 3
+    assert time.monotonic() - started < 5
+    error = capfd.readouterr().err
+    assert "rank 1 failed" in error
+    assert "the reason" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_is_named(scripts: Path, capfd: pytest.CaptureFixture[str], rank: int) -> None:
+    script = f'if [ "$RANK" = {rank} ]; then kill -9 $$; else exec sleep 60; fi'
+    assert launch_local([script], 2, scripts) == 128 + 9
+    assert f"rank {rank} was ended by signal 9: SIGKILL" in capfd.readouterr().err
+
+
+def test_a_rank_that_does_not_listen_is_killed(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_GRACE_S", 0.3)
+    script = (
+        'if [ "$RANK" = 1 ]; then sleep 0.3; exit 2; fi; trap "" TERM; while :; do sleep 0.1; done'
+    )
+    started = time.monotonic()
+    assert launch_local([script], 2, scripts) == 2
+    assert time.monotonic() - started < 5
+
+
+class _Ended:
+    def __init__(self, code: int | None) -> None:
+        self.returncode = code
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("codes", "blamed"),
+    [
+        ((0, 0), None),
+        ((0, 2, None), 1),
+        ((1, 2), 0),
+        ((1, -signal.SIGKILL, 1), 1),  # the others fail because this one is gone
+    ],
+)
+def test_who_is_to_blame(codes: tuple[int | None, ...], blamed: int | None) -> None:
+    ranks: list[Any] = [_Ended(code) for code in codes]
+    assert local._wait(ranks) == blamed
+
+
+def test_a_log_folder_that_cannot_be_made_is_refused(scripts: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make the folder"):
+        launch_local(["exit 0"], 2, tmp_path / "file" / "logs")
