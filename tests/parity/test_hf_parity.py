@@ -118,19 +118,21 @@ CASES = (
     llama_style(
         "gemma2", 2, 19, 2, 4, 2, 6, head_dim=10, sliding_window=6, query_pre_attn_scalar=7
     ),
-    llama_style("gemma2", 1, 33, 3, 2, 1, 8, head_dim=8, sliding_window=9),
+    llama_style(
+        "gemma2",
+        *(1, 33, 3, 2, 1, 8),
+        head_dim=8,
+        sliding_window=9,
+        attn_logit_softcapping=0.3,
+        final_logit_softcapping=0.7,
+    ),
     llama_style(
         "gemma3_text",
         *(2, 25, 4, 4, 2, 6),
         head_dim=10,
         sliding_window=6,
         query_pre_attn_scalar=9,
-        layer_types=[
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-            "sliding_attention",
-        ],
+        layer_types=[*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
         rope_parameters={
             "sliding_attention": rope(100.0),
             "full_attention": rope(10000.0, rope_type="linear", factor=8.0),
