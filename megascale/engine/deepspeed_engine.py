@@ -47,7 +47,8 @@ def _configuration(
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for one of our layouts."""
     on_cpu = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
-    bucket = max(1, min(_MAX_BUCKET, sum(p.numel() for p in module.parameters())))
+    bucket = min(_MAX_BUCKET, sum(p.numel() for p in module.parameters()))
+    bucket += bucket % 2  # stages 1 and 2 refuse a bucket that is no multiple of their alignment
     return {
         "train_batch_size": micro_batch_size * num_micro_batches * dp_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,

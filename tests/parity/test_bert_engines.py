@@ -38,6 +38,7 @@ BASE: dict[str, Any] = {
         "num_attention_heads": 4,
         "ffn_hidden_size": 75,
         "seq_length": 29,
+        "vocab_size": 281,  # odd, and with it the number of parameters: 36,361
         "activation": "gelu",
         "dropout": 0.1,
     },

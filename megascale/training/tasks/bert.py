@@ -219,10 +219,11 @@ class BERTTask:
         Raises:
             UserError: data prepared for a GPT, or a tokenizer without the tokens of a BERT.
         """
+        for corpus in corpora.corpora:
+            require_mode(corpus, "bert")
         vocabulary = _vocabulary(corpora)
 
         def training_set(corpus: TokenCorpus, part: TokenRange) -> BERTDataset:
-            require_mode(corpus, "bert")
             return BERTDataset(
                 corpus,
                 part,
