@@ -32,8 +32,8 @@ Inputs = Annotated[
     list[str],
     typer.Option(
         "--input",
-        help="Text or .jsonl file (.gz, .zst, .bz2, .xz too), folder, quoted glob, fsspec URL, or "
-        "python-stdlib. May be given several times.",
+        help="Text or .jsonl file (.gz, .zst, .bz2, .xz too), folder, quoted glob, fsspec URL, "
+        "python-stdlib or python-stdlib-prose. May be given several times.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
@@ -58,11 +58,15 @@ def train_tokenizer_command(
     seed: Annotated[int, typer.Option("--seed", help="For sampling of sentences.")] = 0,
     documents: Documents = DocumentUnit.FILE,
     text_key: TextKey = "text",
+    bert: Annotated[
+        bool,
+        typer.Option("--bert", help="bpe: add [CLS], [SEP], [MASK], ...; wordpiece has them."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a byte-level BPE or sentencepiece tokenizer on text."""
+    """Train a byte-level BPE, WordPiece or sentencepiece tokenizer on text."""
     options = TrainTokenizerOptions(
-        vocab_size, kind, sentencepiece_model, seed, documents, text_key
+        vocab_size, kind, sentencepiece_model, seed, documents, text_key, bert
     )
     summary = train_tokenizer(inputs, output, options, overwrite)
     if summary.already_done:
@@ -87,10 +91,17 @@ def tokenize_command(
     ],
     documents: Documents = DocumentUnit.FILE,
     text_key: TextKey = "text",
+    bert: Annotated[
+        bool, typer.Option("--bert", help="For BERT: one sequence a sentence.")
+    ] = False,
+    max_sentence_tokens: Annotated[
+        int | None,
+        typer.Option("--max-sentence-tokens", help="Cut longer sentences; 256 with --bert."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Tokenise text into a dataset: Megatron-compatible .bin/.idx and a manifest."""
-    options = TokenizeOptions(documents, text_key)
+    options = TokenizeOptions(documents, text_key, bert, max_sentence_tokens)
     summary = tokenize(inputs, output, tokenizer, options, overwrite)
     if summary.already_prepared:
         print(f"already prepared: {output} holds this input, tokenizer and options")

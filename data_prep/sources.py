@@ -1,10 +1,11 @@
-"""Where text comes from: files, folders and globs of text or jsonl, and `python-stdlib`.
+"""Where text comes from: files, folders and globs of text or jsonl, and the standard library.
 
 Finding the files is here; reading documents out of them is in `documents`.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import os
 import platform
@@ -20,12 +21,14 @@ import xxhash
 from megascale.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
+PYTHON_STDLIB_PROSE = "python-stdlib-prose"
 _JSONL_NAMES = (".jsonl", ".ndjson")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS_FILE = "pydoc_data/topics.py"
 _CHUNK_BYTES = 4 << 20
+_SHORTEST_PROSE = 80  # characters of a docstring
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,16 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """Every file that the inputs name, in the order given and sorted within each.
 
     Args:
-        inputs: paths, folders (read recursively), globs, fsspec URLs, or `python-stdlib`.
+        inputs: paths, folders (read recursively), globs, fsspec URLs, `python-stdlib` (sources
+            and documentation) or `python-stdlib-prose` (docstrings and help texts only).
 
     Raises:
         UserError: an input names nothing, or its file system cannot be used.
     """
+    words = {PYTHON_STDLIB: _stdlib_files, PYTHON_STDLIB_PROSE: _stdlib_prose}
     found: list[InputFile] = []
     for item in inputs:
-        found.extend(_stdlib_files() if item == PYTHON_STDLIB else _named_files(item))
+        found.extend(words[item]() if item in words else _named_files(item))
     return found
 
 
@@ -82,7 +87,7 @@ def describe_source(inputs: Sequence[str], files: Iterable[InputFile]) -> dict[s
         "bytes": size,
         "fingerprint": digest.hexdigest(),
     }
-    if PYTHON_STDLIB in inputs:
+    if {PYTHON_STDLIB, PYTHON_STDLIB_PROSE} & set(inputs):
         description["python"] = platform.python_version()
     return description
 
@@ -149,13 +154,14 @@ def _kind(path: str) -> Literal["text", "jsonl"]:
 
 def _missing_input(item: str) -> UserError:
     folder = Path(item).parent
-    names = [PYTHON_STDLIB]
+    names = [PYTHON_STDLIB, PYTHON_STDLIB_PROSE]
     if folder.is_dir():
         names += [os.fspath(entry) for entry in folder.iterdir()]
     close = difflib.get_close_matches(item, names, n=1)
     return UserError(
         f"--input {item} does not exist",
-        rule=f"an input is a file, a folder, a glob, or the word {PYTHON_STDLIB}",
+        rule=f"an input is a file, a folder, a glob, or one of the words "
+        f"{PYTHON_STDLIB} and {PYTHON_STDLIB_PROSE}",
         remedy=f"did you mean {close[0]}?" if close else "check the path",
     )
 
@@ -184,6 +190,33 @@ def _stdlib_files() -> list[InputFile]:
         )
     files.extend(_help_topics())
     return sorted(files, key=lambda file: (xxhash.xxh3_64_intdigest(file.name.encode()), file.name))
+
+
+def _stdlib_prose() -> list[InputFile]:
+    """The English of the standard library: help texts, and the docstrings of each module.
+
+    One document a module, its docstrings of at least a line's length in their order; in the order
+    of `_stdlib_files`.
+    """
+    prose = []
+    for file in _stdlib_files():
+        text = file.text if file.kind == "inline" else _docstrings(file)
+        if text:
+            prose.append(InputFile(file.name, "inline", text=text))
+    return prose
+
+
+def _docstrings(file: InputFile) -> str:
+    """The longer docstrings of a Python file, "" for other files and what does not parse."""
+    if not file.path.endswith(".py"):
+        return ""
+    try:
+        tree = ast.parse(Path(file.path).read_bytes())
+    except (SyntaxError, ValueError):  # templates and samples of other versions
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(text for text in found if text and len(text) >= _SHORTEST_PROSE)
 
 
 def _help_topics() -> list[InputFile]:

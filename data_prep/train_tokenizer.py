@@ -1,4 +1,4 @@
-"""Train a tokenizer on text: byte-level BPE (tokenizers) or sentencepiece (BPE or unigram)."""
+"""Train a tokenizer on text: byte-level BPE, WordPiece (tokenizers) or sentencepiece."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.documents import DocumentUnit, first_document_or_refuse, iterate_documents
 from data_prep.outputs import check_output_folder, may_replace
 from data_prep.skips import SkipReport
-from data_prep.sources import describe_source, find_inputs
+from data_prep.sources import InputFile, describe_source, find_inputs
+from data_prep.wordpiece import BERT_TOKENS, add_bert_tokens, train_wordpiece
 from megascale.data.atomic_files import new_folder, write_file
 from megascale.data.tokenizer import END_OF_DOCUMENT, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from megascale.errors import UserError
@@ -31,6 +33,7 @@ class TokenizerKind(str, Enum):
     """What to train."""
 
     BPE = "bpe"
+    WORDPIECE = "wordpiece"
     SENTENCEPIECE = "sentencepiece"
 
 
@@ -51,9 +54,21 @@ class TrainTokenizerOptions:
     seed: int = 0
     documents: DocumentUnit = DocumentUnit.FILE
     text_key: str = "text"
+    bert: bool = False
+    """bpe: add the special tokens of a BERT; WordPiece has them always."""
 
     def __post_init__(self) -> None:
-        specials = 1 if self.kind is TokenizerKind.BPE else _SENTENCEPIECE_SPECIALS
+        if self.bert and self.kind is TokenizerKind.SENTENCEPIECE:
+            raise UserError(
+                "--bert with --kind sentencepiece",
+                rule="[CLS], [SEP], [MASK] and [PAD] are added to wordpiece and bpe vocabularies",
+                remedy="use --kind wordpiece, or --kind bpe --bert",
+            )
+        specials = {
+            TokenizerKind.BPE: 1 + (len(BERT_TOKENS) if self.bert else 0),
+            TokenizerKind.WORDPIECE: len(BERT_TOKENS),
+            TokenizerKind.SENTENCEPIECE: _SENTENCEPIECE_SPECIALS,
+        }[self.kind]
         if self.vocab_size < _BYTES + specials:
             raise UserError(
                 f"--vocab-size {self.vocab_size}",
@@ -75,7 +90,7 @@ class TrainTokenizerSummary:
 def train_tokenizer(
     inputs: Sequence[str], output: Path, options: TrainTokenizerOptions, overwrite: bool = False
 ) -> TrainTokenizerSummary:
-    """Write a tokenizer folder that `load_tokenizer` reads, and transformers too for `bpe`.
+    """Write a tokenizer folder that `load_tokenizer` reads (transformers too, if no sentencepiece).
 
     The same input and options give the same tokenizer. One that is already there is left.
 
@@ -93,6 +108,7 @@ def train_tokenizer(
     with new_folder(output, lambda path: overwrite and may_replace(path, RECIPE_NAME)) as folder:
         trainers: dict[TokenizerKind, Callable[..., None]] = {
             TokenizerKind.BPE: _train_bpe,
+            TokenizerKind.WORDPIECE: partial(_train_wordpiece, files=files),
             TokenizerKind.SENTENCEPIECE: _train_sentencepiece,
         }
         trainers[options.kind](documents, options, folder)
@@ -108,6 +124,8 @@ def _recipe(options: TrainTokenizerOptions, source: dict[str, Any]) -> dict[str,
     }
     if options.kind is not TokenizerKind.SENTENCEPIECE:
         chosen["sentencepiece_model"] = None  # without effect, so no reason to train again
+    if not (options.bert and options.kind is TokenizerKind.BPE):
+        del chosen["bert"]
     return {"format": "megascale-tokenizer", "version": 1, "options": chosen, "source": source}
 
 
@@ -134,11 +152,24 @@ def _train_bpe(documents: Iterator[str], options: TrainTokenizerOptions, folder:
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=[END_OF_DOCUMENT, *(BERT_TOKENS if options.bert else ())],
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
+    if options.bert:
+        add_bert_tokens(backend)
     FastTokenizer(backend, END_OF_DOCUMENT).save(folder)
+
+
+def _train_wordpiece(
+    documents: Iterator[str],
+    options: TrainTokenizerOptions,
+    folder: Path,
+    files: Sequence[InputFile],
+) -> None:
+    # What is skipped was told in the first pass.
+    again = iterate_documents(files, options.documents, options.text_key, SkipReport())
+    train_wordpiece(documents, again, options.vocab_size, folder)
 
 
 def _train_sentencepiece(

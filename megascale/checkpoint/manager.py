@@ -119,6 +119,22 @@ class CheckpointManager:
             self._storage.remove_folder(step_name(step))
 
 
+def open_intact(path: str) -> CheckpointReader:
+    """Open one checkpoint whose every file is intact; collective.
+
+    Raises:
+        UserError: not a complete checkpoint, or a damaged one; on all ranks alike.
+    """
+    reader, reason = _open_intact(path)
+    if reader is None:
+        raise UserError(
+            f"checkpoint {path} cannot be used: {reason}",
+            rule="it must be a complete folder step_XXXXXXXX whose every file is intact",
+            remedy="give the path of such a folder",
+        )
+    return reader
+
+
 def _open_intact(path: str) -> tuple[CheckpointReader | None, str]:
     """(reader, "") if all ranks agree that it is intact, else (None, first reason)."""
     reader, reason = None, ""

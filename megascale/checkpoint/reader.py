@@ -9,13 +9,14 @@ import torch
 import xxhash
 
 from megascale.checkpoint.manifest import Piece, read_manifest, tensor_key
+from megascale.checkpoint.name_lists import folded
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorFile
 from megascale.checkpoint.writer import RNG_KEY
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, global_runs, whole_box
 
-_CHUNK = 16 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
 
 
 class CheckpointReader:
@@ -80,7 +81,7 @@ class CheckpointReader:
             f"no optimizer state {kind!r}" for kind in kinds if kind not in self.manifest.kinds
         ]
         if lines:
-            shown = "\n    ".join(lines[:20])
+            shown = "\n    ".join(folded(lines))
             raise UserError(
                 f"checkpoint {self.storage.root} does not fit this config:\n    {shown}",
                 rule="model and optimizer must be those that wrote it "

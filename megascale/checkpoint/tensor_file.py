@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -21,26 +21,67 @@ _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
-_CHUNK = 16 * 1024 * 1024
+_CHUNK = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TensorStream:
+    """A tensor that is made piece by piece while it is written, so that it never exists whole.
+
+    Attributes:
+        key: its name in the file.
+        blocks: gives its elements in row-major order, as tensors of `dtype` and any shape.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(stream: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
     """Write `tensors` (any device, made contiguous) and return (bytes written, xxh3_128 hex)."""
-    header: dict[str, dict[str, object]] = {}
+    return write_streams(stream, [_whole(key, tensor) for key, tensor in tensors.items()])
+
+
+def _whole(key: str, tensor: torch.Tensor) -> TensorStream:
+    return TensorStream(key, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
+
+
+def write_streams(
+    stream: IO[bytes], tensors: Sequence[TensorStream], metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Write `tensors` one block after the other and return (bytes written, xxh3_128 hex).
+
+    Args:
+        metadata: strings for the header's `__metadata__`.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {
+    for tensor in tensors:
+        header[tensor.key] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
+            "data_offsets": [offset, offset + tensor.bytes],
         }
-        offset += size
+        offset += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = xxhash.xxh3_128()
@@ -48,12 +89,15 @@ def write_tensors(stream: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> tup
     for block in (len(text).to_bytes(8, "little"), text):
         digest.update(block)
         written += stream.write(block)
-    for tensor in tensors.values():
-        data = _bytes_of(tensor.detach().cpu().contiguous())
-        for begin in range(0, len(data), _CHUNK):
-            chunk = data[begin : begin + _CHUNK]
-            digest.update(chunk)
-            written += stream.write(chunk)
+    for tensor in tensors:
+        for part in tensor.blocks():
+            assert part.dtype == tensor.dtype, tensor.key
+            data = _bytes_of(part.detach().cpu().contiguous())
+            for begin in range(0, len(data), _CHUNK):
+                chunk = data[begin : begin + _CHUNK]
+                digest.update(chunk)
+                written += stream.write(chunk)
+    assert written == 8 + len(text) + offset, "blocks that do not make up their tensors"
     return written, digest.hexdigest()
 
 
@@ -65,8 +109,12 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview[int]:
 @dataclass(frozen=True)
 class _Entry:
     dtype: torch.dtype
-    numel: int
+    shape: tuple[int, ...]
     begin: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 class TensorFile:
@@ -101,6 +149,14 @@ class TensorFile:
         """Number of elements of a tensor."""
         return self._entry(key).numel
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._entry(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of a tensor's elements."""
+        return self._entry(key).dtype
+
     def read(self, key: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened tensor `key`, as a 1-D tensor."""
         entry = self._entry(key)
@@ -116,15 +172,14 @@ class TensorFile:
         self._stream.seek(entry.begin + start * out.element_size())
         filled = 0
         while filled < len(buffer):
-            block = self._stream.read(min(_CHUNK, len(buffer) - filled))
-            if not block:
+            got = self._stream.readinto(buffer[filled : filled + _CHUNK])  # type: ignore[attr-defined]
+            if not got:
                 raise UserError(
                     f"{self._name} ends in the middle of {key!r}",
                     rule="a checkpoint's files must be whole",
                     remedy="use another checkpoint; this one is truncated",
                 )
-            buffer[filled : filled + len(block)] = block
-            filled += len(block)
+            filled += got
         return out
 
     def close(self) -> None:
@@ -160,7 +215,7 @@ def _parse_header(stream: IO[bytes], size: int) -> dict[str, _Entry]:
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {key!r} of shape {shape} claims bytes {begin}..{end}")
         spans.append((begin, end))
-        entries[key] = _Entry(dtype, math.prod(shape), 8 + length + begin)
+        entries[key] = _Entry(dtype, tuple(shape), 8 + length + begin)
     _check_spans(spans, size - 8 - length)
     return entries
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,9 +23,9 @@ from megascale.checkpoint.manifest import (
     tensor_key,
 )
 from megascale.checkpoint.storage import Storage
-from megascale.checkpoint.tensor_file import write_tensors
+from megascale.checkpoint.tensor_file import TensorStream, write_streams, write_tensors
 from megascale.errors import UserError
-from megascale.parallel.fragment import Fragment
+from megascale.parallel.fragment import Fragment, whole_box
 
 RNG_KEY = "rng/torch_cpu"
 
@@ -71,6 +73,81 @@ def write_checkpoint(
         if rank == 0:
             storage.remove_folder(temporary)
         raise
+
+
+def write_weights(
+    root: str,
+    name: str,
+    tensors: Iterable[TensorStream],
+    state: Mapping[str, Any],
+    attachments: Mapping[str, bytes],
+    file_bytes: int,
+) -> None:
+    """Write a checkpoint of step 0 that holds master weights only. By one process, streaming.
+
+    Args:
+        root: folder of the checkpoints. name: this one's folder name.
+        tensors: one a parameter, keyed by the parameter's name, in any floating type.
+        state: JSON values for the manifest. attachments: small files by path.
+        file_bytes: a file is closed when the next tensor would make it larger.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    storage = Storage(root)
+    temporary = f".writing_{name}"
+    try:
+        _start_folder(storage, temporary)
+        written = [
+            _write_weight_file(storage, temporary, f"weights_{number:05d}.safetensors", group)
+            for number, group in enumerate(grouped_by_size(tensors, file_bytes))
+        ]
+        files = [_write_attachment(storage, temporary, *item) for item in attachments.items()]
+        manifest = _merge(written, files, 0, state).model_copy(update={"world_size": 1})
+        with storage.open_write(temporary, MANIFEST_NAME) as stream:
+            stream.write(dump_manifest(manifest))
+        storage.commit_folder(temporary, name)
+    except BaseException:
+        storage.remove_folder(temporary)
+        raise
+
+
+def grouped_by_size(tensors: Iterable[TensorStream], limit: int) -> list[list[TensorStream]]:
+    """Cut a list of tensors into runs of at most `limit` bytes, of at least one tensor each."""
+    groups: list[list[TensorStream]] = []
+    filled = limit
+    for tensor in tensors:
+        if filled + tensor.bytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.bytes
+    return groups
+
+
+def _write_weight_file(
+    storage: Storage, temporary: str, file: str, tensors: list[TensorStream]
+) -> dict[str, Any]:
+    """Write one file of whole parameters; returns its rows of the manifest as JSON values."""
+    keyed = [replace(tensor, key=tensor_key("master", tensor.key)) for tensor in tensors]
+    with storage.open_write(temporary, file) as stream:
+        size, digest = write_streams(stream, keyed)
+    pieces = [
+        {
+            "file": file,
+            "name": tensor.key,
+            "kinds": ["master"],
+            "box": whole_box(tensor.shape),
+            "start": 0,
+            "numel": math.prod(tensor.shape),
+        }
+        for tensor in tensors
+    ]
+    return {
+        "file": {"path": file, "bytes": size, "xxh3_128": digest},
+        "pieces": pieces,
+        "shapes": {tensor.key: tensor.shape for tensor in tensors},
+    }
 
 
 def _agree(action: Any) -> list[Any]:

@@ -7,88 +7,20 @@ beside others, and settings whose part of the program is not built yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from megascale.config import recipe_checks
-from megascale.config.problems import Problem, show_value
-from megascale.config.schema import Config, leaf_fields, read_path
-
-CheckFunction = Callable[[Config, "int | None"], Iterable[Problem]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One rule.
-
-    Args:
-        reads: dotted paths of the settings that it looks at.
-        run: function of (config, world size or None) that yields what is wrong.
-    """
-
-    reads: tuple[str, ...]
-    run: CheckFunction
-
-    @property
-    def name(self) -> str:
-        return getattr(self.run, "__name__", None) or str(self.run)
-
-
-def neighbours(number: int, divisor: int) -> list[int]:
-    """The positive multiples of `divisor` next to `number`."""
-    below = number // divisor * divisor
-    nearest = [below, below + divisor] if below != number else [number]
-    return [n for n in nearest if n > 0]
-
-
-def divisors_near(number: int, wanted: int) -> list[int]:
-    """The largest divisor of `number` that is <= `wanted` and the smallest that is >= it."""
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
-    every = {*small, *(number // n for n in small)}
-    below, above = {n for n in every if n <= wanted}, {n for n in every if n >= wanted}
-    return sorted({*sorted(below)[-1:], *sorted(above)[:1]})
-
-
-def _either(numbers: Iterable[int]) -> str:
-    return " or ".join(str(number) for number in numbers)
-
+from megascale.config.bert_checks import BERT_CHECKS
+from megascale.config.model_checks import MODEL_CHECKS
+from megascale.config.problems import Problem
+from megascale.config.rules import Check, divisors_near, neighbours
+from megascale.config.rules import among as _among
+from megascale.config.rules import either as _either
+from megascale.config.rules import ignored as _ignored
+from megascale.config.rules import not_built as _not_built
+from megascale.config.schema import Config, read_path
 
 # Arithmetic -----------------------------------------------------------------------------------
-
-
-def heads_divide_hidden_size(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Every head has the same width."""
-    hidden, heads = config.model.hidden_size, config.model.num_attention_heads
-    if hidden % heads:
-        rule = f"must be a multiple of model.num_attention_heads = {heads}"
-        hint = (
-            f"model.hidden_size = {_either(neighbours(hidden, heads))}, "
-            f"or model.num_attention_heads = {_either(divisors_near(hidden, heads))}"
-        )
-        yield Problem("model.hidden_size", hidden, rule, hint)
-
-
-def kv_heads_divide_heads(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Every key-value head serves the same number of query heads."""
-    heads, kv_heads = config.model.num_attention_heads, config.model.resolved_num_kv_heads
-    if heads % kv_heads:
-        rule = f"must divide model.num_attention_heads = {heads}"
-        hint = f"model.num_kv_heads = {_either(divisors_near(heads, kv_heads))}"
-        yield Problem("model.num_kv_heads", kv_heads, rule, hint)
-
-
-def rope_needs_even_head_width(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Rotary positions turn pairs of features (arXiv:2104.09864)."""
-    model = config.model
-    uneven = model.hidden_size % model.num_attention_heads == 0 and model.head_width % 2
-    if model.position_embedding == "rope" and uneven:
-        rule = (
-            "rope rotates pairs of features, so the head width must be even; hidden_size / "
-            f"num_attention_heads = {model.hidden_size} / {model.num_attention_heads} = "
-            f"{model.head_width}"
-        )
-        sizes = _either(neighbours(model.hidden_size, 2 * model.num_attention_heads))
-        yield Problem("model.position_embedding", "rope", rule, f"model.hidden_size = {sizes}")
 
 
 def min_lr_below_lr(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -225,33 +157,12 @@ def stopping_needs_interval(config: Config, world_size: int | None) -> Iterator[
             yield Problem(path, value, rule, "for example evaluation.interval = 100")
 
 
-def _ignored(path: str, beside: str, used: Callable[[object], bool], when: str) -> Check:
-    """A setting that differs from its default, beside another one under which it does nothing."""
-    default = dict(leaf_fields())[path].default
-
-    def run(config: Config, world_size: int | None) -> Iterator[Problem]:
-        value, other = read_path(config, path), read_path(config, beside)
-        if value != default and not used(other):
-            rule = f"has an effect only when {when}; {beside} is {other}"
-            yield Problem(path, value, rule, "leave it out, or change the other setting")
-
-    run.__name__ = f"ignored:{path}"
-    return Check((path, beside), run)
-
-
-def _among(*values: str) -> Callable[[object], bool]:
-    return lambda value: value in values
-
-
 _IGNORED = (
     _ignored(
         "parallel.sequence_parallel",
         "parallel.tensor_parallel_size",
         lambda size: size != 1,
         "several ranks share a layer",
-    ),
-    _ignored(
-        "model.rope_theta", "model.position_embedding", _among("rope"), "positions are rotary"
     ),
     _ignored(
         "optimizer.momentum",
@@ -302,29 +213,13 @@ _IGNORED = (
 # Not built yet --------------------------------------------------------------------------------
 
 
-def _not_built(path: str, built: tuple[object, ...], part: str) -> Check:
-    """A setting that works with some of its values so far."""
-
-    def run(config: Config, world_size: int | None) -> Iterator[Problem]:
-        value = read_path(config, path)
-        if value not in built:
-            rule = f"{part.format(value)} not built yet in this version"
-            works = " or ".join(show_value(choice).strip('"') for choice in built)
-            yield Problem(path, value, rule, f"{path} = {works}")
-
-    run.__name__ = f"not_built:{path}"
-    return Check((path,), run)
-
-
 _NOT_BUILT = (
-    _not_built("model.family", ("gpt",), "the {} family is"),
     _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
     _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
     _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
     _not_built("parallel.context_parallel_size", (1,), "context parallelism is"),
 )
 
-_HEADS = ("model.hidden_size", "model.num_attention_heads")
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 _LAYOUT = (
     "parallel.tensor_parallel_size",
@@ -333,9 +228,7 @@ _LAYOUT = (
 )
 
 DEFAULT_CHECKS: tuple[Check, ...] = (
-    Check(_HEADS, heads_divide_hidden_size),
-    Check(("model.num_attention_heads", "model.num_kv_heads"), kv_heads_divide_heads),
-    Check((*_HEADS, "model.position_embedding"), rope_needs_even_head_width),
+    *MODEL_CHECKS,
     Check(("schedule.min_lr", "optimizer.lr"), min_lr_below_lr),
     Check(("schedule.warmup_steps", "train.max_steps"), warmup_inside_run),
     Check(("schedule.name", "schedule.warmup_steps", "schedule.decay_steps"), decay_after_warmup),
@@ -385,5 +278,6 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         recipe_checks.best_is_a_metric,
     ),
     *_IGNORED,
+    *BERT_CHECKS,
     *_NOT_BUILT,
 )

@@ -1,10 +1,10 @@
-"""The kinds of values that settings have: annotated types with their bounds."""
+"""What settings are made of: strict, bounded types, and the base of every section."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 MAX_COUNT = 2**31 - 1
@@ -43,13 +43,6 @@ def _sums_to_one(fractions: tuple[float, ...]) -> tuple[float, ...]:
     return fractions
 
 
-def path_form(value: Any) -> str | None:
-    """Which form data.path has: one path or a blend of several."""
-    if isinstance(value, str):
-        return "<one>"
-    return "<blend>" if isinstance(value, (list, tuple)) else None
-
-
 Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -81,3 +74,16 @@ NamedPaths = Annotated[
     dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Text],
     AfterValidator(_distinct_names),
 ]
+
+
+class Section(BaseModel):
+    """Base of every section: strict, frozen, no unknown names."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.fields import FieldInfo
 
 from megascale.config.fields import (
+    MAX_COUNT,
     Count,
     CountOrZero,
     Fraction,
@@ -23,25 +24,12 @@ from megascale.config.fields import (
     Pair,
     Positive,
     Rate,
+    Section,
     Split,
     Text,
     Texts,
-    path_form,
     to_tuple,
 )
-
-
-class Section(BaseModel):
-    """Base of every section: strict, frozen, no unknown names."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
 
 
 class RunConfig(Section):
@@ -65,12 +53,15 @@ class ModelConfig(Section):
     hidden_size: Count = 768
     """Width of the hidden states, in features."""
     num_attention_heads: Count = 12
-    """Number of query heads of an attention layer; must divide hidden_size."""
+    """Number of query heads of an attention layer; must divide hidden_size unless head_dim is
+    given."""
+    head_dim: Count | None = None
+    """Width of one attention head, in features; null: hidden_size / num_attention_heads."""
     num_kv_heads: Count | None = None
     """Number of key and value heads; null: num_attention_heads. Must divide it."""
     ffn_hidden_size: Count | None = None
-    """Inner width of the feed-forward layer, in features; null: 4 * hidden_size, or for swiglu
-    8/3 * hidden_size rounded up to a multiple of 64."""
+    """Inner width of the feed-forward layer, in features; null: 4 * hidden_size, or with a gate
+    (swiglu, geglu) 8/3 * hidden_size rounded up to a multiple of 64."""
     seq_length: Count = 1024
     """Length of a sample, in tokens."""
     vocab_size: Count | None = None
@@ -81,10 +72,38 @@ class ModelConfig(Section):
     """Kind of normalisation before each sub-layer and after the last layer."""
     norm_eps: Positive = 1e-5
     """Added to the (mean-square or) variance under the square root of the norm."""
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
-    """Non-linearity of the feed-forward layer; gelu_tanh is GPT-2's approximation of gelu."""
+    norm_placement: Literal["pre", "sandwich"] = "pre"
+    """Where norms stand: before each sub-layer, or before and after it (Gemma 2)."""
+    norm_unit_offset: bool = False
+    """Whether rmsnorm multiplies by 1 + weight, with a weight that starts at 0 (Gemma)."""
+    parallel_residual: bool = False
+    """Whether attention and feed-forward layer read the same input and are added together
+    (GPT-NeoX), instead of one after the other."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
+    """Non-linearity of the feed-forward layer; gelu_tanh is GPT-2's approximation of gelu; swiglu
+    and geglu multiply it with a gate."""
     bias: bool = True
-    """Whether linear layers have biases."""
+    """Whether LayerNorm and linear layers have biases, where the next three do not tell."""
+    qkv_bias: bool | None = None
+    """Whether the query, key and value projections have biases; null: bias."""
+    attention_output_bias: bool | None = None
+    """Whether the output projection of attention has a bias; null: bias."""
+    mlp_bias: bool | None = None
+    """Whether the feed-forward layer has biases; null: bias."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys is normalised before it is rotated (Qwen 3)."""
+    query_scaling: Positive | None = None
+    """Attention scores are divided by the square root of this; null: the head width."""
+    attention_softcap: Positive | None = None
+    """Bound c of the attention scores: they become c * tanh(score / c); null: none (Gemma 2)."""
+    logit_softcap: Positive | None = None
+    """The same bound for the logits of the output head; null: none."""
+    sliding_window: Count | None = None
+    """Newest tokens, itself among them, that a token of a windowed layer sees; null: all."""
+    global_layer_interval: Annotated[int, Field(ge=2, le=MAX_COUNT)] | None = None
+    """Every n-th layer sees all tokens, the others the window; null: all layers are windowed."""
+    scale_embeddings: bool = False
+    """Whether token embeddings are multiplied by sqrt(hidden_size) (Gemma)."""
     tie_word_embeddings: bool = True
     """Whether the output head shares the weight of the token embedding."""
     dropout: Rate = 0.0
@@ -93,13 +112,36 @@ class ModelConfig(Section):
     """Probability of dropping an attention weight in training; null: dropout."""
     rope_theta: Annotated[float, Field(gt=1)] = 10000.0
     """Base of the rotary wavelengths, in positions (rope only)."""
+    rope_local_theta: Annotated[float, Field(gt=1)] | None = None
+    """Base of the rotary wavelengths of windowed layers, which are then not scaled either (Gemma
+    3); null: windowed layers rotate as all others."""
+    rotary_fraction: Fraction = 1.0
+    """Part of a head's features that is rotated, from the first one on (GPT-NeoX: 0.25)."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary wavelengths are stretched for longer texts: all of them (linear), or only those
+    that are long beside rope_original_length (llama3)."""
+    rope_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
+    """By how much rope_scaling stretches wavelengths."""
+    rope_low_freq_factor: Positive = 1.0
+    """llama3: wavelengths above rope_original_length / this are stretched in full."""
+    rope_high_freq_factor: Positive = 4.0
+    """llama3: wavelengths below rope_original_length / this are left as they are."""
+    rope_original_length: Count = 8192
+    """llama3: length of the samples before stretching, in tokens."""
+    num_token_types: Count = 2
+    """Number of token types, rows of the segment embedding (bert only)."""
     init_std: Positive = 0.02
     """Standard deviation of the normal distribution of initial weights."""
 
     @property
     def head_width(self) -> int:
         """K, the width of one attention head, in features."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Features of a head that rotary positions turn."""
+        return int(self.head_width * self.rotary_fraction)
 
     @property
     def resolved_num_kv_heads(self) -> int:
@@ -111,7 +153,7 @@ class ModelConfig(Section):
         """F, the inner width of the feed-forward layer, in features."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.activation == "swiglu":
+        if self.activation in ("swiglu", "geglu", "geglu_tanh"):
             # Three matrices of 8/3 D hold as many weights as two of 4 D (arXiv:2002.05202).
             return -(-8 * self.hidden_size // (3 * 64)) * 64
         return 4 * self.hidden_size
@@ -131,13 +173,19 @@ class WeightedPath(Section):
     """Share of the samples of this dataset, relative to the other weights."""
 
 
+def _path_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<one>"
+    return "<blend>" if isinstance(value, (list, tuple)) else None
+
+
 DataPath = Annotated[
     Annotated[Text, Tag("<one>")]
     | Annotated[
         tuple[WeightedPath, ...], Field(min_length=1), BeforeValidator(to_tuple), Tag("<blend>")
     ],
     Discriminator(
-        path_form,
+        _path_form,
         custom_error_type="data_path",
         custom_error_message="must be a path or a list of {path, weight}",
     ),
@@ -156,8 +204,16 @@ class DataConfig(Section):
     dataset's own."""
     isolate_documents: bool = False
     """Whether attention and positions stop at document boundaries inside a sample."""
-    validation: NamedPaths = {}
+    validation: NamedPaths = Field(default={})
     """More validation sets, name to path of a prepared dataset; each is evaluated whole."""
+
+    masking: Literal["token", "whole_word", "ngram"] = "token"
+    """What is masked as a whole (bert only): a token, a word, or up to three words in a row."""
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Expected share of the tokens that are to be predicted (bert only)."""
+    sentence_objective: Literal["none", "nsp", "sop"] = "none"
+    """Second objective (bert only): nsp tells whether the second segment follows the first or is
+    from another document, sop whether the two are in order; none: one segment, no second loss."""
 
     @property
     def weighted_paths(self) -> tuple[WeightedPath, ...]:
@@ -323,6 +379,9 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0: only at the end of the run."""
     keep_last: Count | None = None
     """Number of newest checkpoints that are kept; null: all."""
+    init_from: Text | None = None
+    """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
+    random initial weights."""
     keep_best: Text | None = None
     """Metric of a validation, such as valid_loss, whose best checkpoint is saved and kept."""
 
@@ -377,6 +436,7 @@ class Config(Section):
     def derived(self) -> dict[str, object]:
         """What follows from the fields that may be left null, by dotted path."""
         return {
+            "model.head_dim": self.model.head_width,
             "model.num_kv_heads": self.model.resolved_num_kv_heads,
             "model.ffn_hidden_size": self.model.resolved_ffn_hidden_size,
             "model.attention_dropout": self.model.resolved_attention_dropout,

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import xxhash
@@ -132,6 +133,17 @@ class TokenCorpus:
         first, last = np.searchsorted(self.document_starts, (start, start + length), side="left")
         return self.document_starts[first:last]
 
+    def sequence_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions in [start, stop) at which a sequence begins, ascending, each once."""
+        first, last = np.searchsorted(self._shard_starts, (start, stop), side="right")
+        parts = [np.empty(0, dtype=np.int64)]
+        for number in range(int(first) - 1, min(int(last), len(self._shards))):
+            offset = int(self._shard_starts[number])
+            parts.append(
+                self._shards[number].sequence_starts(start - offset, stop - offset) + offset
+            )
+        return np.unique(np.concatenate(parts))
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer stored with the dataset; None for a Megatron prefix.
@@ -155,6 +167,11 @@ class TokenCorpus:
     def vocab_size(self) -> int | None:
         """The tokenizer's, or None where it is not known."""
         return None if self.manifest is None else self.manifest.tokenizer.vocab_size
+
+    @property
+    def mode(self) -> Literal["gpt", "bert"] | None:
+        """What a sequence is, see `DatasetManifest.mode`; None for a Megatron prefix."""
+        return None if self.manifest is None else self.manifest.mode
 
     @property
     def eod_id(self) -> int | None:

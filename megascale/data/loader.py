@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from megascale.data.batch_size import BatchSizeSchedule
-from megascale.data.protocol import IGNORE_LABEL, FiniteSampleSource, SampleSource
+from megascale.data.protocol import (
+    IGNORE_LABEL,
+    FiniteSampleSource,
+    SampleSource,
+    label_names,
+)
 from megascale.errors import UserError
 
 MicroBatch = dict[str, torch.Tensor]
@@ -130,7 +135,8 @@ class EvaluationLoader:
             # spread evenly over all: neighbours come from few documents.
             spread = ids * len(self._dataset) // self.num_samples
             arrays = self._dataset.batch(np.where(padding, 0, spread))
-            arrays["labels"][padding] = IGNORE_LABEL
+            for name in label_names(arrays):
+                arrays[name][padding] = IGNORE_LABEL
             yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, spread))
 
 

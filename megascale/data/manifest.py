@@ -36,7 +36,10 @@ class TokenizerRecord(_Record):
     """Folder inside the dataset's folder."""
     fingerprint: str
     vocab_size: int = Field(gt=0)
-    eod_id: int = Field(ge=0)
+    eod_id: int | None = Field(default=None, ge=0)
+    """Put after each document in mode "gpt"; None in mode "bert"."""
+    special_ids: dict[str, int] = {}
+    """Mode "bert": the ids of "cls", "sep", "mask" and "pad"."""
 
 
 class ShardRecord(_Record):
@@ -76,6 +79,9 @@ class DatasetManifest(_Record):
 
     format: Literal["megascale-dataset"] = FORMAT
     version: int = VERSION
+    mode: Literal["gpt", "bert"] = "gpt"
+    """gpt: a sequence is a document and ends with `eod_id`; bert: a sequence is a sentence, and
+    no special token is stored."""
     tokenizer: TokenizerRecord
     shards: list[ShardRecord] = Field(min_length=1)
     source: dict[str, Any] = {}

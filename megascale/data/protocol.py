@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 IGNORE_LABEL = -100
 """The label of a position that is left out of the loss (the default of torch's cross-entropy)."""
+
+LABEL_NAMES = ("labels", "sentence_labels")
+"""The targets that a batch may have, one tensor an objective, in the order of a module's losses."""
+
+
+def label_names(batch: Mapping[str, Any]) -> list[str]:
+    """Names of the targets of a batch, one for each objective; the first are the tokens'."""
+    return [name for name in LABEL_NAMES if name in batch]
 
 
 class SampleSource(Protocol):
@@ -16,7 +25,8 @@ class SampleSource(Protocol):
     seq_length: int
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The samples of these numbers, stacked: name -> (B, T) int64."""
+        """The samples of these numbers, stacked: name -> (B, T) int64; (B,) where a sample has
+        one number, such as `sentence_labels`."""
         ...
 
 

@@ -43,6 +43,11 @@ def ngram_entropy(
     return max(float(unigram), 0.0), max(float(conditional), 0.0)
 
 
+def most_frequent_token(corpus: TokenCorpus, token_range: tuple[int, int]) -> int:
+    """The token that occurs most often in [start, stop); the smallest id of several."""
+    return int(np.argmax(_unigram_counts(corpus, *token_range)))
+
+
 def _unigram_counts(corpus: TokenCorpus, start: int, stop: int) -> np.ndarray:
     counts = np.zeros(0, dtype=np.int64)
     for begin in range(start, stop, _CHUNK_TOKENS):

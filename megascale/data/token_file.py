@@ -235,6 +235,12 @@ class TokenFile:
         positions[within] = self.sequence_pointers[first[within]] // self.dtype.itemsize
         return positions
 
+    def sequence_starts(self, start: int, stop: int) -> np.ndarray:
+        """int64: the positions in [start, stop) at which a sequence begins; empty ones repeat."""
+        size = self.dtype.itemsize
+        first, last = np.searchsorted(self.sequence_pointers, (start * size, stop * size))
+        return self.sequence_pointers[first:last] // size
+
     def check_index(self) -> None:
         """Read the whole index: pointers follow the lengths and documents ascend, else UserError.
 

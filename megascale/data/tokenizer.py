@@ -12,6 +12,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,30 @@ END_OF_DOCUMENT = "<|endoftext|>"
 FAST_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SENTENCEPIECE_NAMES = (SENTENCEPIECE_FILE, "sentencepiece.model", "spiece.model")
+# Of each column the names belong together: BERT's own, and those of RoBERTa and its kin.
+_BERT_NAMES = {
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+}
 _WHAT_IS_READ = (
     "a tokenizer is a local Hugging Face tokenizer folder, a tokenizer.json, "
     "or a sentencepiece .model file"
 )
+
+
+@dataclass(frozen=True)
+class BertTokens:
+    """The special tokens that a BERT's samples are made with.
+
+    Attributes:
+        names: role ("cls", "sep", "mask", "pad") -> the token.
+        ids: role -> its id.
+    """
+
+    names: dict[str, str]
+    ids: dict[str, int]
 
 
 class Tokenizer(ABC):
@@ -67,6 +88,14 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def word_starts(self) -> np.ndarray:
+        """(V,) bool: whether each id begins a word.
+
+        WordPiece: what does not begin with ##. Byte-level BPE and sentencepiece: what begins with
+        white space, so that the first token of a text begins a word whatever it says here.
+        """
+
+    @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what `load_tokenizer` needs into an existing folder."""
 
@@ -77,6 +106,33 @@ class Tokenizer(ABC):
     @abstractmethod
     def _declared_eos(self) -> int | None:
         """The end-of-sequence id that the tokenizer's own files name, or None."""
+
+    @functools.cached_property
+    def bert_tokens(self) -> BertTokens | None:
+        """The special tokens of a BERT, or None when the vocabulary has not all four."""
+        for column in zip(*_BERT_NAMES.values(), strict=True):
+            names = dict(zip(_BERT_NAMES, column, strict=True))
+            found = {role: self._token_id(name) for role, name in names.items()}
+            ids = {role: number for role, number in found.items() if number is not None}
+            if len(ids) == len(names):
+                return BertTokens(names, ids)
+        return None
+
+    def require_bert_tokens(self) -> BertTokens:
+        """As `bert_tokens`.
+
+        Raises:
+            UserError: the vocabulary lacks one of them.
+        """
+        if self.bert_tokens is None:
+            columns = [" ".join(column) for column in zip(*_BERT_NAMES.values(), strict=True)]
+            raise UserError(
+                f"the tokenizer (vocab_size {self.vocab_size}) has no tokens to mask and pad with",
+                rule=f"a BERT needs {', or '.join(columns)} in the vocabulary",
+                remedy="train one with `python -m data_prep train-tokenizer --kind wordpiece` "
+                "(or `--kind bpe --bert`)",
+            )
+        return self.bert_tokens
 
     @functools.cached_property
     def eod_id(self) -> int:

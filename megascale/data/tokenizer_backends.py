@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _WORD_MARKER = "▁"  # sentencepiece writes a space so
+_BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")  # space, \n, \t and \r in the byte-level alphabet
 
 
 class FastTokenizer(Tokenizer):
@@ -107,6 +108,18 @@ class FastTokenizer(Tokenizer):
             return lambda token, number: _utf8_length(token.removeprefix(prefix))
         return lambda token, number: _utf8_length(self.decode([number]))
 
+    def word_starts(self) -> np.ndarray:
+        """(V,) bool: see `Tokenizer.word_starts`."""
+        model = self._definition["model"]
+        prefix = model.get("continuing_subword_prefix") or "##"
+        wordpiece = model.get("type") == "WordPiece"
+        return _word_starts(
+            self._vocabulary,
+            self.vocab_size,
+            {token["id"] for token in self._definition["added_tokens"]},
+            lambda token: not token.startswith(prefix) if wordpiece else _begins_with_space(token),
+        )
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, and the config from which transformers loads it."""
         write_file(Path(folder) / FAST_FILE, self._backend.to_str(pretty=True).encode())
@@ -116,6 +129,13 @@ class FastTokenizer(Tokenizer):
         }
         if self._eos_token is not None:
             config["eos_token"] = self._eos_token
+        if self.bert_tokens is not None:
+            config |= {f"{role}_token": name for role, name in self.bert_tokens.names.items()}
+            if self.bert_tokens.names["cls"] == "[CLS]":  # transformers leaves token types out
+                config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        unknown = self._definition["model"].get("unk_token")
+        if unknown is not None:
+            config["unk_token"] = unknown
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_file(Path(folder) / "tokenizer_config.json", content.encode())
 
@@ -165,6 +185,12 @@ class SentencePieceTokenizer(Tokenizer):
             if not special and not self._processor.is_unused(number):
                 lengths[number] = _piece_length(self._processor.id_to_piece(number))
         return lengths
+
+    def word_starts(self) -> np.ndarray:
+        """(V,) bool: see `Tokenizer.word_starts`."""
+        pieces = {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        special = {i for i in pieces.values() if self._processor.is_control(i)}
+        return _word_starts(pieces, self.vocab_size, special, _begins_with_space)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         write_file(Path(folder) / SENTENCEPIECE_FILE, self._model)
@@ -228,6 +254,16 @@ class TransformersTokenizer(Tokenizer):
             lengths[number] = measured or _utf8_length(self.decode([number]))
         return lengths
 
+    def word_starts(self) -> np.ndarray:
+        """(V,) bool: see `Tokenizer.word_starts`."""
+        wordpiece = any(token.startswith("##") for token in self._vocabulary)
+        return _word_starts(
+            self._vocabulary,
+            self.vocab_size,
+            set(self._backend.all_special_ids),
+            lambda token: not token.startswith("##") if wordpiece else _begins_with_space(token),
+        )
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         self._backend.save_pretrained(os.fspath(folder))
 
@@ -266,6 +302,19 @@ def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     for key in ("pretokenizers", "decoders"):
         for part in component.get(key, ()):
             yield from _parts(part)
+
+
+def _word_starts(
+    vocabulary: dict[str, int], size: int, special: set[int], begins: Callable[[str], bool]
+) -> np.ndarray:
+    starts = np.zeros(size, dtype=bool)
+    for token, number in vocabulary.items():
+        starts[number] = number in special or begins(token)
+    return starts
+
+
+def _begins_with_space(token: str) -> bool:
+    return token.startswith((_WORD_MARKER, *_BYTE_LEVEL_SPACES))
 
 
 def _byte_level_alphabet() -> set[str]:

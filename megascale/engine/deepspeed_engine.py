@@ -47,7 +47,8 @@ def _configuration(
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for one of our layouts."""
     on_cpu = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
-    bucket = max(1, min(_MAX_BUCKET, sum(p.numel() for p in module.parameters())))
+    bucket = min(_MAX_BUCKET, sum(p.numel() for p in module.parameters()))
+    bucket += bucket % 2  # stages 1 and 2 refuse a bucket that is no multiple of their alignment
     return {
         "train_batch_size": micro_batch_size * num_micro_batches * dp_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -146,17 +147,17 @@ class DeepSpeedEngine:
             fragment.tensor.copy_(part)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         if len(micro_batches) != self._num_micro_batches:
             self._set_accumulation(len(micro_batches))
         # DeepSpeed averages gradients over the data-parallel group.
-        scale = self._mesh.dp_size / total_targets
-        total = torch.zeros((), device=self._device)
+        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, _ = self._engine(**micro_batch)
-            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self._engine.backward((loss_sum * scale).sum(), scale_wrt_gas=False)
             total += loss_sum.detach().float()
             if index < len(micro_batches) - 1:
                 self._engine.step()  # counts the micro-step; updates nothing before the boundary
@@ -175,7 +176,7 @@ class DeepSpeedEngine:
         self._push_scale()
         return StepOutcome(norm, skipped=skipped, loss_scale=scale)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
         return self._engine(**micro_batch)
 

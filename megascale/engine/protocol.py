@@ -81,8 +81,10 @@ class StepOutcome:
 class Evaluable(Protocol):
     """What an evaluation needs: an engine, or a model loaded from a checkpoint."""
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the module returns, without gradients; call inside `evaluating()`.
+    module: nn.Module
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        """What the module returns in eval mode, without gradients; call inside `evaluating()`.
 
         For a micro-batch with labels that is (loss sum, number of targets).
         Collective under ZeRO-3: every rank must call it equally often.
@@ -97,24 +99,23 @@ class Evaluable(Protocol):
 class Engine(Evaluable, Protocol):
     """Owns the module's parameters, gradients and optimizer under one ZeRO stage.
 
-    The module's forward takes a micro-batch's tensors as keywords and returns
-    (sum of the loss over its targets, number of targets).
+    The module's forward is that of `Task`: sums of the loss over its targets, and their numbers.
     """
 
-    module: nn.Module
     placements: Mapping[str, Placement]
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
-        """Accumulate the gradient of (global loss sum / total_targets).
+        """Accumulate the gradient of the sum over objectives of (global loss sum / its targets).
 
         Args:
             micro_batches: this rank's micro-batches of the step.
-            total_targets: number of targets over all ranks and micro-batches.
+            total_targets: (K,) float64, for each objective the number of its targets over all
+                ranks and micro-batches, at least 1.
 
         Returns:
-            this rank's loss sum (fp32 scalar, detached).
+            (K,) fp32, detached: this rank's loss sums.
         """
         ...
 

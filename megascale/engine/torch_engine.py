@@ -79,7 +79,7 @@ class TorchEngine:
         self._scaler.update(overflow=not finite)
         return StepOutcome(norm if finite else math.inf, skipped=not finite, loss_scale=scale)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
         return self.module(**micro_batch)
 
@@ -215,14 +215,15 @@ class ReplicatedEngine(TorchEngine):
         self._build_optimizer()
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
-        total = torch.zeros((), device=self._device)
+        divisors = total_targets.to(self._device, torch.float32)
+        total = torch.zeros_like(divisors)
         for index, micro_batch in enumerate(micro_batches):
             self._reducer.begin_backward(last=index == len(micro_batches) - 1)
             loss_sum, _ = self.module(**micro_batch)
-            (loss_sum * (self._scaler.scale / total_targets)).backward()
+            (loss_sum * (self._scaler.scale / divisors)).sum().backward()
             total += loss_sum.detach()
         self._reducer.finish()
         self._unscale()
@@ -294,14 +295,16 @@ class ShardedEngine(TorchEngine):
         self._build_optimizer()
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], total_targets: float
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = self._scaler.scale * self._mesh.dp_size / total_targets
-        total = torch.zeros((), device=self._device)
+        scale = (self._scaler.scale * self._mesh.dp_size / total_targets).to(
+            self._device, torch.float32
+        )
+        total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             if self._stage < 3:
@@ -309,7 +312,7 @@ class ShardedEngine(TorchEngine):
             if self._stage == 1:
                 module.set_requires_gradient_sync(last)
             loss_sum, _ = module(**micro_batch)
-            (loss_sum * scale).backward()
+            (loss_sum * scale).sum().backward()
             total += loss_sum.detach()
         self._unscale()
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
@@ -15,6 +16,7 @@ class Embedding(nn.Module):
         vocab_size: V. hidden_size: D.
         num_positions: rows of the position table; None when positions are not learned.
         dropout: probability for the sum. dropout_site: see CounterDropout.
+        scale: factor of the token embeddings; None for none.
     """
 
     def __init__(
@@ -25,8 +27,10 @@ class Embedding(nn.Module):
         *,
         dropout: float,
         dropout_site: int,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         self.positions: nn.Embedding | None = None
         if num_positions is not None:
@@ -39,7 +43,14 @@ class Embedding(nn.Module):
         Raises:
             UserError: T is larger than the table of learned positions.
         """
+        return self.dropout(self.look_up(input_ids, position_ids), keys)
+
+    def look_up(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The sum of the tables' rows, before dropout; see `forward`."""
         hidden = self.tokens(input_ids)
+        if self.scale is not None:
+            # rounded to the weights' type first: the models that have a scale were trained so
+            hidden = hidden * torch.tensor(self.scale, dtype=hidden.dtype)
         if self.positions is not None:
             length, limit = input_ids.shape[1], self.positions.num_embeddings
             if length > limit:
@@ -50,4 +61,4 @@ class Embedding(nn.Module):
                     "model.seq_length or with model.position_embedding=rope",
                 )
             hidden = hidden + self.positions(position_ids)
-        return self.dropout(hidden, keys)
+        return hidden

@@ -7,6 +7,7 @@ parameter keeps its name.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, causal_document_mask
+from megascale.models.attention import Attention, causal_document_mask, windowed
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
 from megascale.models.mlp import MLP, ActivationName
 from megascale.models.norm import NormName, build_norm
+from megascale.models.rotary import RopeScalingName, Rotary
 from megascale.models.transformer import TransformerLayer
 
 PositionEmbeddingName = Literal["learned", "rope"]
+NormPlacementName = Literal["pre", "sandwich"]
 
 # Dropout sites: 0 is the embedding, layer i owns the _SITES_PER_LAYER numbers from (i + 1) times
 # that; the places within a layer follow. Masks depend on these numbers: never renumber them.
@@ -42,7 +45,7 @@ class GPTConfig:
     """V, rows of the token embedding."""
     num_layers: int
     hidden_size: int
-    """D, a multiple of num_attention_heads."""
+    """D, a multiple of num_attention_heads unless head_width is given."""
     num_attention_heads: int
     """H."""
     num_kv_heads: int
@@ -51,18 +54,53 @@ class GPTConfig:
     """F."""
     seq_length: int
     """T in training; with learned positions the longest sequence."""
+    head_width: int | None = None
+    """K; None: hidden_size / num_attention_heads."""
     position_embedding: PositionEmbeddingName = "learned"
     norm: NormName = "layernorm"
     norm_eps: float = 1e-5
+    norm_placement: NormPlacementName = "pre"
+    """sandwich: a second norm over what each branch adds to the residual stream (Gemma 2)."""
+    norm_unit_offset: bool = False
+    """RMSNorm multiplies by 1 + its parameter (Gemma)."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same input and are added together (GPT-NeoX)."""
     activation: ActivationName = "gelu_tanh"
-    """gelu is exact (erf), gelu_tanh is GPT-2's approximation."""
+    """gelu is exact (erf), gelu_tanh is GPT-2's approximation; swiglu and geglu have a gate."""
     bias: bool = True
-    """Biases of all linear layers and of LayerNorm."""
+    """Biases of LayerNorm and, where the next three are None, of the linear layers."""
+    qkv_bias: bool | None = None
+    attention_output_bias: bool | None = None
+    mlp_bias: bool | None = None
+    qk_norm: bool = False
+    """Each head of queries and keys is normalised before its rotation (Qwen 3)."""
+    query_scaling: float | None = None
+    """Attention scores are divided by the root of this; None: of the head width."""
+    attention_softcap: float | None = None
+    """Bound c of the attention scores: c * tanh(score / c)."""
+    logit_softcap: float | None = None
+    """The same for the logits; the head (not part of this module) applies it."""
+    sliding_window: int | None = None
+    """Tokens, itself among them, that a token of a windowed layer sees; None: all."""
+    global_layer_interval: int | None = None
+    """Every n-th layer is not windowed; None: all are."""
+    scale_embeddings: bool = False
+    """Token embeddings times sqrt(D) (Gemma)."""
     dropout: float = 0.0
     """After the embedding and at the end of both residual branches."""
     attention_dropout: float = 0.0
     """On the attention probabilities."""
     rope_theta: float = 10000.0
+    rope_local_theta: float | None = None
+    """Base for windowed layers, whose wavelengths are then not scaled (Gemma 3); None: as all."""
+    rotary_fraction: float = 1.0
+    """Part of a head's features that is rotated."""
+    rope_scaling: RopeScalingName = "none"
+    """See rotary.Rotary, as for the next four."""
+    rope_scaling_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     init_std: float = 0.02
     tie_word_embeddings: bool = True
     """Whether the head (not part of this module) reuses embedding.tokens.weight."""
@@ -70,7 +108,45 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         """K, the width of one head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_width or self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the MLP has biases."""
+        return self.bias if self.mlp_bias is None else self.mlp_bias
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token of the layer with this global index sees; None: all."""
+        interval = self.global_layer_interval
+        is_global = interval is not None and (layer + 1) % interval == 0
+        return None if is_global else self.sliding_window
+
+    def rotary(self, layer: int) -> Rotary | None:
+        """How the layer with this global index rotates queries and keys."""
+        if self.position_embedding != "rope":
+            return None
+        width = int(self.head_dim * self.rotary_fraction)
+        if self.rope_local_theta is not None and self.window(layer) is not None:
+            return Rotary(self.rope_local_theta, width)
+        return Rotary(
+            self.rope_theta,
+            width,
+            self.rope_scaling,
+            self.rope_scaling_factor,
+            self.rope_low_freq_factor,
+            self.rope_high_freq_factor,
+            self.rope_original_length,
+        )
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -87,29 +163,33 @@ def _check_sizes(config: GPTConfig) -> None:
         "ffn_hidden_size",
         "seq_length",
     )
-    for field in sizes:
+    optional = ("head_width", "sliding_window", "global_layer_interval")
+    given = tuple(field for field in optional if getattr(config, field) is not None)
+    for field in (*sizes, *given):
         if getattr(config, field) < 1:
             raise UserError(
                 f"{field}={getattr(config, field)}",
                 rule=f"{field} is at least 1",
                 remedy=f"give a positive {field}",
             )
-    for whole, part in (
-        ("hidden_size", "num_attention_heads"),
-        ("num_attention_heads", "num_kv_heads"),
-    ):
+    multiples = [("num_attention_heads", "num_kv_heads")]
+    if config.head_width is None:
+        multiples.append(("hidden_size", "num_attention_heads"))
+    for whole, part in multiples:
         if getattr(config, whole) % getattr(config, part):
             raise UserError(
                 f"{whole}={getattr(config, whole)}, {part}={getattr(config, part)}",
                 rule=f"{whole} is a multiple of {part}",
                 remedy=f"change {whole} or {part}",
             )
-    if config.position_embedding == "rope" and config.head_dim % 2:
+    rotary = config.rotary(0)
+    if rotary is not None and (rotary.width < 2 or rotary.width % 2):
         raise UserError(
             f"a head width of {config.head_dim} (hidden_size={config.hidden_size} / "
-            f"num_attention_heads={config.num_attention_heads}) with rotary positions",
-            rule="rotary positions rotate pairs of features: the head width is even",
-            remedy="change hidden_size or num_attention_heads",
+            f"num_attention_heads={config.num_attention_heads}) with rotary positions on "
+            f"{config.rotary_fraction} of it",
+            rule="rotary positions rotate pairs of features: the rotated width is even",
+            remedy="change hidden_size, num_attention_heads or rotary_fraction",
         )
 
 
@@ -118,6 +198,8 @@ def _check_choices(config: GPTConfig) -> None:
         ("position_embedding", get_args(PositionEmbeddingName)),
         ("norm", get_args(NormName)),
         ("activation", get_args(ActivationName)),
+        ("norm_placement", get_args(NormPlacementName)),
+        ("rope_scaling", get_args(RopeScalingName)),
     ):
         if getattr(config, field) not in names:
             raise UserError(
@@ -132,7 +214,9 @@ def _check_choices(config: GPTConfig) -> None:
                 rule=f"{field} is a probability in [0, 1)",
                 remedy="0 turns it off",
             )
-    for field in ("norm_eps", "rope_theta", "init_std"):
+    scales = ("query_scaling", "attention_softcap", "logit_softcap", "rope_local_theta")
+    given = [field for field in scales if getattr(config, field) is not None]
+    for field in ("norm_eps", "rope_theta", "init_std", "rope_scaling_factor", *given):
         if not getattr(config, field) > 0:
             raise UserError(
                 f"{field}={getattr(config, field)}",
@@ -149,33 +233,46 @@ def build_embedding(config: GPTConfig) -> Embedding:
         config.seq_length if config.position_embedding == "learned" else None,
         dropout=config.dropout,
         dropout_site=_EMBEDDING_SITE,
+        scale=math.sqrt(config.hidden_size) if config.scale_embeddings else None,
+    )
+
+
+def _norm(config: GPTConfig, size: int) -> nn.Module:
+    return build_norm(config.norm, size, config.norm_eps, config.bias, config.norm_unit_offset)
+
+
+def _attention(config: GPTConfig, index: int, site: int) -> Attention:
+    return Attention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        bias=config.has_qkv_bias,
+        output_bias=config.has_attention_output_bias,
+        rotary=config.rotary(index),
+        query_norm=_norm(config, config.head_dim) if config.qk_norm else None,
+        key_norm=_norm(config, config.head_dim) if config.qk_norm else None,
+        dropout=config.attention_dropout,
+        dropout_site=site + _PROBABILITIES,
+        softcap=config.attention_softcap,
+        query_scaling=config.query_scaling,
     )
 
 
 def build_layer(config: GPTConfig, index: int) -> TransformerLayer:
     """The layer with global index ``index``, parameters ``layers.<index>.*``."""
     site = (index + 1) * _SITES_PER_LAYER
-
-    def norm() -> nn.Module:
-        return build_norm(config.norm, config.hidden_size, config.norm_eps, config.bias)
-
-    attention = Attention(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        bias=config.bias,
-        rope_theta=config.rope_theta if config.position_embedding == "rope" else None,
-        dropout=config.attention_dropout,
-        dropout_site=site + _PROBABILITIES,
-    )
+    size, sandwich = config.hidden_size, config.norm_placement == "sandwich"
     return TransformerLayer(
-        attention_norm=norm(),
-        attention=attention,
+        attention_norm=_norm(config, size),
+        attention=_attention(config, index, site),
         attention_dropout=CounterDropout(config.dropout, site + _ATTENTION_OUTPUT),
-        mlp_norm=norm(),
-        mlp=MLP(config.hidden_size, config.ffn_hidden_size, config.activation, config.bias),
+        mlp_norm=_norm(config, size),
+        mlp=MLP(size, config.ffn_hidden_size, config.activation, config.has_mlp_bias),
         mlp_dropout=CounterDropout(config.dropout, site + _MLP_OUTPUT),
+        attention_post_norm=_norm(config, size) if sandwich else None,
+        mlp_post_norm=_norm(config, size) if sandwich else None,
+        parallel_residual=config.parallel_residual,
     )
 
 
@@ -193,9 +290,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict(
             {str(index): build_layer(config, index) for index in range(config.num_layers)}
         )
-        self.final_norm: nn.Module | None = build_norm(
-            config.norm, config.hidden_size, config.norm_eps, config.bias
-        )
+        self.final_norm: nn.Module | None = _norm(config, config.hidden_size)
 
     def forward(
         self,
@@ -220,11 +315,24 @@ class GPT(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        # One mask for all layers: each would keep its own T x T copy for the backward pass.
-        mask = None if document_ids is None else causal_document_mask(document_ids)
+        masks = self._masks(input_ids, document_ids)
         hidden = input_ids
         if self.embedding is not None:
             hidden = self.embedding(input_ids, position_ids, dropout_keys)
-        for layer in self.layers.values():
+        for index, layer in self.layers.items():
+            mask = masks[self.config.window(int(index))]
             hidden = layer(hidden, position_ids, mask, dropout_keys)
         return hidden if self.final_norm is None else self.final_norm(hidden)
+
+    def _masks(
+        self, input_ids: Tensor, document_ids: Tensor | None
+    ) -> dict[int | None, Tensor | None]:
+        """The mask of each window that a layer here has, shared by its layers: each would keep its
+        own T x T copy for the backward pass. None: causal.
+        """
+        full = None if document_ids is None else causal_document_mask(document_ids)
+        length, device = input_ids.shape[1], input_ids.device
+        masks: dict[int | None, Tensor | None] = {}
+        for window in {self.config.window(int(index)) for index in self.layers}:
+            masks[window] = full if window is None else windowed(full, window, length, device)
+        return masks

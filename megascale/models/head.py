@@ -13,11 +13,14 @@ class LMHead(nn.Module):
     Args:
         hidden_size: D. vocab_size: V.
         tied: the head owns no weight and is given the token embedding's at each call.
+        softcap: bound c of the logits, which become ``c * tanh(logits / c)``; None for none.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, tied: bool) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, tied: bool, softcap: float | None = None
+    ) -> None:
         super().__init__()
-        self.tied = tied
+        self.tied, self.softcap = tied, softcap
         if not tied:
             # Named initialization (initialization.py) overwrites this; it is here so that a head
             # used alone is not left with uninitialised memory.
@@ -36,4 +39,5 @@ class LMHead(nn.Module):
                 f"{'out' if tied_weight is None else ''} tied_weight; a tied head needs the token "
                 "embedding's weight at each call and an untied head takes none"
             )
-        return F.linear(hidden, self.weight if tied_weight is None else tied_weight)
+        logits = F.linear(hidden, self.weight if tied_weight is None else tied_weight)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -31,12 +31,12 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 def initial_value(
-    name: str, shape: Sequence[int], seed: int, *, init_std: float, num_layers: int
+    name: str, shape: Sequence[int], seed: int, *, init_std: float, num_layers: int | None
 ) -> Tensor:
     """The initial value of one parameter: full tensor, fp32, CPU.
 
     Matrices are normal with deviation ``init_std``, divided by sqrt(2 * num_layers) where they end
-    a residual branch (GPT-2, section 2.3); norm weights are 1 and biases 0.
+    a residual branch (GPT-2, section 2.3); norm weights are 1, their offsets and biases 0.
 
     Args:
         name: name in the whole model, without prefixes of wrappers, e.g.
@@ -44,25 +44,26 @@ def initial_value(
         shape: global shape of the parameter.
         seed: the run's seed.
         init_std: standard deviation of matrices.
-        num_layers: layers of the whole model.
+        num_layers: layers of the whole model; None: the ends of residual branches are as wide as
+            the rest (BERT, whose norms come after the sums).
 
     Raises:
-        ValueError: a vector that is neither a bias nor a norm's weight.
+        ValueError: a vector that is neither a bias nor a norm's weight or offset.
     """
     if len(shape) >= 2:
         std = init_std
-        if name.endswith(_RESIDUAL_OUTPUTS):
+        if num_layers is not None and name.endswith(_RESIDUAL_OUTPUTS):
             std /= math.sqrt(2 * num_layers)
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         return torch.empty(*shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
     *path, kind = name.split(".")
-    if kind == "bias":
+    if kind == "bias" or (kind == "offset" and path and path[-1].endswith("norm")):
         return torch.zeros(*shape)
     if kind == "weight" and path and path[-1].endswith("norm"):
         return torch.ones(*shape)
     raise ValueError(
         f"no rule for the initial value of {name!r} of shape {tuple(shape)}: a vector is called "
-        "'<...>.bias' or '<...>norm.weight'"
+        "'<...>.bias', '<...>norm.weight' or '<...>norm.offset'"
     )
 
 
@@ -71,7 +72,7 @@ def initialize(
     seed: int,
     *,
     init_std: float,
-    num_layers: int,
+    num_layers: int | None,
     prefix: str = "",
     parts: Mapping[str, Part] | None = None,
 ) -> None:

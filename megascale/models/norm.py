@@ -25,8 +25,31 @@ class RMSNorm(nn.Module):
         return self.weight * scaled.to(x.dtype)
 
 
-def build_norm(name: NormName, size: int, eps: float, bias: bool) -> nn.Module:
-    """The norm called ``name`` over ``size`` features; ``bias`` concerns LayerNorm only."""
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm that multiplies by ``1 + offset``, in fp32 until the end, as in Gemma.
+
+    The parameter has a name of its own: it starts at 0, and weights of the other kind can never
+    be taken for it.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.offset = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (..., D) -> (..., D), same dtype."""
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (scaled * (1.0 + self.offset.float())).to(x.dtype)
+
+
+def build_norm(
+    name: NormName, size: int, eps: float, bias: bool, unit_offset: bool = False
+) -> nn.Module:
+    """The norm called ``name`` over ``size`` features; ``bias`` concerns LayerNorm only and
+    ``unit_offset`` (multiply by 1 + weight) RMSNorm only.
+    """
     if name == "rmsnorm":
-        return RMSNorm(size, eps)
+        return OffsetRMSNorm(size, eps) if unit_offset else RMSNorm(size, eps)
     return nn.LayerNorm(size, eps=eps, bias=bias)

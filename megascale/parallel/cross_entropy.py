@@ -75,6 +75,25 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return out.to(ctx.dtype), None, None, None, None, None, None
 
 
+def vocab_parallel_argmax(logits: Tensor, *, first_id: int, group: dist.ProcessGroup) -> Tensor:
+    """The id of the largest of the whole vocabulary's logits, the same on every rank.
+
+    Args:
+        logits: (N, V_local), this rank's part of the vocabulary.
+        first_id: first id of this rank's part.
+        group: the ranks that share the vocabulary.
+
+    Returns:
+        (N,) int64; of several largest the smallest id.
+    """
+    largest, local = logits.float().max(dim=-1)
+    overall = largest.clone()
+    dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
+    ids = (local + first_id).masked_fill(largest < overall, torch.iinfo(torch.int64).max)
+    dist.all_reduce(ids, op=dist.ReduceOp.MIN, group=group)
+    return ids
+
+
 def vocab_parallel_cross_entropy(
     logits: Tensor,
     labels: Tensor,

@@ -8,7 +8,8 @@ Styles:
     column      nn.Linear cut along its outputs; `unit` outputs stay together (a head)
     row         nn.Linear cut along its inputs, likewise
     vocab       nn.Embedding cut along its ids
-    head        a module whose `weight` (V, D), its own or the tied one, is cut along V
+    head        a module whose own parameters, (V, D) or (V,), are cut along V, and that is given
+                a tied weight cut likewise
     positions   nn.Embedding of positions, whole on each rank, looked up for the own part of T
     sequence    a module with whole parameters inside the sequence-parallel region
     heads       a module with whole parameters that sees only the local heads
@@ -208,11 +209,10 @@ def _vocab(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.M
 
 
 def _head(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Module:
-    """The module stays; its input is gathered (or its gradient summed) and its weight is cut."""
-    weight = getattr(child, "weight", None)
-    if weight is not None:
-        begin, end = interval(weight.shape[0], rule.unit, tensor.rank, tensor.size, name)
-        child.weight = nn.Parameter(weight.detach()[begin:end].clone())
+    """The module stays; its input is gathered (or its gradient summed), its parameters are cut."""
+    for key, whole in list(child.named_parameters(recurse=False)):
+        begin, end = interval(whole.shape[0], rule.unit, tensor.rank, tensor.size, name)
+        setattr(child, key, nn.Parameter(whole.detach()[begin:end].clone()))
     enter = gather_sequence if tensor.sequence_parallel else copy_to_group
 
     def gather_input(_: nn.Module, args: tuple) -> tuple:

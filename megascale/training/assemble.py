@@ -54,6 +54,7 @@ from megascale.training.datasets import (
     tokenizer_files,
 )
 from megascale.training.hardware import peak_flops
+from megascale.training.initial_weights import load_initial_weights, open_initial_weights
 from megascale.training.resume import load_state, require_same_data
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts
@@ -98,6 +99,8 @@ def assemble(
 
     task = build_task(config)
     data = task.open_data(corpora)
+    source = config.checkpoint.init_from if reader is None else None
+    initial = open_initial_weights(source, task, corpora.tokenizer) if source else None
     engine = assemble_engine(config, task, mesh, device)
 
     state = TrainState()
@@ -106,6 +109,9 @@ def assemble(
         require_same_data(reader, corpora.fingerprint, config.run.seed)
         state, saved = load_state(reader, engine, mesh)
         say(f"resumed from {reader.storage.root} at step {state.step}")
+    if initial is not None:
+        load_initial_weights(initial, engine)
+        say(f"initial weights from {initial.storage.root}")
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 

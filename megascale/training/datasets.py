@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import xxhash
 
 from megascale.config.schema import Config
 from megascale.data.blend import BlendedDataset
 from megascale.data.corpus import TokenCorpus
-from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
 from megascale.data.protocol import FiniteSampleSource, SampleSource
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
 
+TokenRange = tuple[int, int]
 SPLIT_NAMES = ("train", "valid", "test")
 
 
@@ -109,25 +110,47 @@ def resolve_vocab_size(config: Config, corpora: Corpora) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def open_gpt_data(config: Config, corpora: Corpora) -> RunData:
-    """Training and held-out samples for next-token prediction."""
-    isolate = config.data.isolate_documents
-    length = config.model.seq_length
-    seed = config.run.seed
+def open_run_data(
+    config: Config,
+    corpora: Corpora,
+    training_set: Callable[[TokenCorpus, TokenRange], SampleSource],
+    evaluation_set: Callable[[TokenCorpus, TokenRange], FiniteSampleSource],
+) -> RunData:
+    """Training and held-out samples over the split of every corpus.
+
+    Args:
+        training_set, evaluation_set: make a task's dataset over one part of one corpus.
+    """
     parts = [corpus.split(config.data.split, minimum_tokens=2) for corpus in corpora.corpora]
     train = [
-        GPTDataset(corpus, ranges[0], length, seed, isolate)
+        training_set(corpus, ranges[0])
         for corpus, ranges in zip(corpora.corpora, parts, strict=True)
     ]
     held_out: dict[str, tuple[FiniteSampleSource, ...]] = {}
     for index, name in enumerate(SPLIT_NAMES[1 : len(config.data.split)], start=1):
         held_out[name] = tuple(
-            EvaluationDataset(corpus, ranges[index], length, isolate)
+            evaluation_set(corpus, ranges[index])
             for corpus, ranges in zip(corpora.corpora, parts, strict=True)
         )
     for name, corpus in corpora.validation.items():
-        held_out[name] = (EvaluationDataset(corpus, (0, corpus.num_tokens), length, isolate),)
-    return RunData(_blend(train, corpora.weights, seed), held_out)
+        held_out[name] = (evaluation_set(corpus, (0, corpus.num_tokens)),)
+    return RunData(_blend(train, corpora.weights, config.run.seed), held_out)
+
+
+def require_mode(corpus: TokenCorpus, mode: Literal["gpt", "bert"]) -> None:
+    """Refuse a dataset that was prepared for the other family.
+
+    Raises:
+        UserError: with how to prepare it again. A Megatron prefix does not tell what it is.
+    """
+    if corpus.mode not in (None, mode):
+        option = "with" if mode == "bert" else "without"
+        raise UserError(
+            f"{corpus.path} was prepared for {corpus.mode} models",
+            rule=f"a {mode} model reads "
+            + ("one sequence a sentence" if mode == "bert" else "one sequence a document"),
+            remedy=f"tokenise the text {option} --bert, or set model.family={corpus.mode}",
+        )
 
 
 def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
@@ -143,5 +166,5 @@ def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
         }
 
 
-def _blend(datasets: list[GPTDataset], weights: Sequence[float], seed: int) -> SampleSource:
+def _blend(datasets: list[SampleSource], weights: Sequence[float], seed: int) -> SampleSource:
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights, seed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,19 +20,26 @@ class EvaluationResult:
     """Outcome of one pass over held-out samples.
 
     Attributes:
-        loss: mean cross-entropy, nats per target token.
+        loss: mean cross-entropy, nats per target token; with several objectives the sum of their
+            means.
         tokens: number of target tokens.
         utf8_bytes: bytes of text that these tokens stand for; 0 when not known.
+        metrics: further numbers by name: "masked_lm_loss" and the like where there are several
+            objectives, "masked_lm_accuracy" where the task measures it.
+        other_losses: the part of `loss` that is not that of the tokens.
     """
 
     loss: float
     tokens: int
     utf8_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    other_losses: float = 0.0
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); inf when it overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp of the tokens' loss; inf when it overflows."""
+        loss = self.loss - self.other_losses
+        return math.exp(loss) if loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -55,16 +62,35 @@ def evaluate(
         byte_lengths: (V,) UTF-8 bytes that each token stands for, for bits per byte.
     """
     lengths = None if byte_lengths is None else torch.from_numpy(byte_lengths.astype(np.int64))
-    total = torch.zeros(3, dtype=torch.float64)
+    names = _objectives(engine)
+    total = torch.zeros(3, len(names), dtype=torch.float64)  # loss sums, targets, correct ones
+    utf8_bytes = torch.zeros((), dtype=torch.float64)
+    measured = 0
     with engine.evaluating():
         for loader in loaders:
             for batch in loader:
-                loss_sum, count = engine.forward({k: v.to(device) for k, v in batch.items()})
-                total[0] += loss_sum.double().cpu()
-                total[1] += count.cpu()
+                outputs = engine.forward({k: v.to(device) for k, v in batch.items()})
+                measured = len(outputs)
+                for row, output in zip(total, outputs, strict=False):
+                    row += output.double().cpu()
                 if lengths is not None:
                     targets = batch["labels"]
-                    total[2] += lengths[targets[targets != IGNORE_LABEL]].sum()
+                    utf8_bytes += lengths[targets[targets != IGNORE_LABEL]].sum()
     total = mesh.sum_over_dp(total.to(device)).cpu()
-    tokens = int(total[1])
-    return EvaluationResult(float(total[0]) / max(tokens, 1), tokens, int(total[2]))
+    utf8_bytes = mesh.sum_over_dp(utf8_bytes.to(device)).cpu()
+    losses, correct = total[[0, 2]] / total[1].clamp(min=1.0)
+    metrics = {}
+    if len(names) > 1:
+        metrics = {f"{name}_loss": float(x) for name, x in zip(names, losses, strict=True)}
+    if measured == len(total):
+        metrics |= {f"{name}_accuracy": float(x) for name, x in zip(names, correct, strict=True)}
+    return EvaluationResult(
+        float(losses.sum()), int(total[1, 0]), int(utf8_bytes), metrics, float(losses[1:].sum())
+    )
+
+
+def _objectives(engine: Evaluable) -> tuple[str, ...]:
+    """Names of the module's objectives, in the order of its outputs."""
+    names = engine.module.objectives
+    assert isinstance(names, tuple), names
+    return names

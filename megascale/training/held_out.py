@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megascale.config.schema import Config
 from megascale.data.corpus import TokenCorpus
-from megascale.data.gpt_dataset import EvaluationDataset
+from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
-from megascale.data.statistics import ngram_entropy
 from megascale.errors import UserError
 from megascale.parallel.mesh import build_mesh
 from megascale.training.assemble import evaluation_loaders
-from megascale.training.datasets import Corpora, open_corpora
+from megascale.training.datasets import SPLIT_NAMES, Corpora, open_corpora
 from megascale.training.evaluation import evaluate
 from megascale.training.inference import LoadedModel
 
@@ -47,10 +45,10 @@ def evaluate_checkpoint(
     mesh = build_mesh(device.type)
     model = LoadedModel(path, device, weights)
     corpora = _corpora(model, data)
-    datasets = _whole(corpora, model.config) if data else _split(corpora, model.config, split)
-    lengths = corpora.tokenizer.byte_lengths() if corpora.tokenizer else None
-    loaders = evaluation_loaders(datasets, model.config.train.micro_batch_size, mesh, max_samples)
-    result = evaluate(model, loaders, mesh, device, lengths)
+    datasets = _whole(model, corpora) if data else _split(model, corpora, split)
+    micro_batch_size = model.config.train.micro_batch_size
+    loaders = evaluation_loaders(datasets, micro_batch_size, mesh, max_samples)
+    result = evaluate(model, loaders, mesh, device, model.task.byte_lengths(corpora))
     if not mesh.is_main:
         return None
     report: dict[str, object] = {
@@ -60,11 +58,15 @@ def evaluate_checkpoint(
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,
+        **result.metrics,
     }
     if result.bits_per_byte is not None:
         report["bits_per_byte"] = result.bits_per_byte
     if baselines:
-        report.update(_baselines(corpora, model.config))
+        every_sample = [
+            EvaluationLoader(dataset, micro_batch_size, 0, 1, max_samples) for dataset in datasets
+        ]
+        report.update(model.task.baselines(corpora, every_sample))
     return report
 
 
@@ -85,11 +87,12 @@ def _corpora(model: LoadedModel, data: str | None) -> Corpora:
     return corpora
 
 
-def _split(corpora: Corpora, config: Config, split: str) -> list[FiniteSampleSource]:
+def _split(model: LoadedModel, corpora: Corpora, split: str) -> list[FiniteSampleSource]:
     if split in corpora.validation:
         named = corpora.validation[split]
-        return [_dataset(named, (0, named.num_tokens), config)]
-    names = ("train", "valid", "test")[: len(config.data.split)]
+        return [model.task.evaluation_set(corpora, named, (0, named.num_tokens))]
+    config = model.config
+    names = SPLIT_NAMES[: len(config.data.split)]
     if split not in names:
         raise UserError(
             f"--split {split}",
@@ -99,22 +102,15 @@ def _split(corpora: Corpora, config: Config, split: str) -> list[FiniteSampleSou
         )
     index = names.index(split)
     return [
-        _dataset(corpus, corpus.split(config.data.split, minimum_tokens=2)[index], config)
+        model.task.evaluation_set(
+            corpora, corpus, corpus.split(config.data.split, minimum_tokens=2)[index]
+        )
         for corpus in corpora.corpora
     ]
 
 
-def _whole(corpora: Corpora, config: Config) -> list[FiniteSampleSource]:
-    return [_dataset(corpus, (0, corpus.num_tokens), config) for corpus in corpora.corpora]
-
-
-def _dataset(corpus: TokenCorpus, part: tuple[int, int], config: Config) -> EvaluationDataset:
-    return EvaluationDataset(corpus, part, config.model.seq_length, config.data.isolate_documents)
-
-
-def _baselines(corpora: Corpora, config: Config) -> dict[str, object]:
-    """Entropies of the first corpus's training part: what a table of counts could reach."""
-    corpus = corpora.corpora[0]
-    train = corpus.split(config.data.split, minimum_tokens=2)[0]
-    unigram, bigram = ngram_entropy(corpus, train)
-    return {"unigram_entropy": unigram, "bigram_entropy": bigram}
+def _whole(model: LoadedModel, corpora: Corpora) -> list[FiniteSampleSource]:
+    return [
+        model.task.evaluation_set(corpora, corpus, (0, corpus.num_tokens))
+        for corpus in corpora.corpora
+    ]

@@ -54,10 +54,10 @@ class LoadedModel:
             self._add(reader, kind, 1.0 / len(readers))
             reader.close()
         self.module.eval()
-        self.tokenizer = self._load_tokenizer()
+        self.tokenizer = checkpoint_tokenizer(self.reader)
 
-    def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss sum, number of targets) of a micro-batch."""
+    def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """See `Evaluable.forward`."""
         return self.module(**micro_batch)
 
     @contextmanager
@@ -79,16 +79,18 @@ class LoadedModel:
                 if share != 1:
                     flat.copy_(part * share if reader is self.reader else flat + part * share)
 
-    def _load_tokenizer(self) -> Tokenizer | None:
-        files = [f.path for f in self.reader.manifest.files if f.path.startswith("tokenizer/")]
-        if not files:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            for path in files:
-                target = Path(folder) / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self.reader.attachment(path))
-            return load_tokenizer(Path(folder) / "tokenizer")
+
+def checkpoint_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
+    """The tokenizer stored in a checkpoint; None when there is none."""
+    files = [f.path for f in reader.manifest.files if f.path.startswith("tokenizer/")]
+    if not files:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for path in files:
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(reader.attachment(path))
+        return load_tokenizer(Path(folder) / "tokenizer")
 
 
 def _sources(reader: CheckpointReader, weights: str) -> tuple[str, list[CheckpointReader]]:

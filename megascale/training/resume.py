@@ -17,9 +17,17 @@ def require_same_data(reader: CheckpointReader, fingerprint: str, seed: int) -> 
     """Refuse to continue on other data or another order: samples would be lost or repeated.
 
     Raises:
-        UserError: the fingerprint or the seed differs from the checkpoint's.
+        UserError: the fingerprint or the seed differs from the checkpoint's, or it is no
+            checkpoint of a run.
     """
     state = reader.manifest.state
+    if "train" not in state:
+        raise UserError(
+            f"checkpoint {reader.storage.root} holds weights only",
+            rule="a run is continued from a checkpoint that a run saved",
+            remedy="start a new run with checkpoint.init_from set to it, and another "
+            "run.output_dir",
+        )
     if state.get("data_fingerprint") != fingerprint:
         raise UserError(
             f"data.path has the fingerprint {fingerprint}",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megascale.data.loader import BatchLoader
-from megascale.data.protocol import IGNORE_LABEL
+from megascale.data.protocol import IGNORE_LABEL, label_names
 from megascale.engine.protocol import Engine
 from megascale.errors import UserError
 from megascale.optim.schedule import LearningRateSchedule
@@ -32,8 +33,9 @@ class StepParts:
 def train_step(parts: StepParts, state: TrainState) -> StepResult:
     """Run one step and advance `state`. Collective.
 
-    The gradient is that of the mean over all targets of the global batch, so it does not depend
-    on how the batch is cut into ranks and micro-batches, nor on how masks fall.
+    The gradient is that of the mean over all targets of the global batch (with several objectives:
+    of the sum of their means), so it does not depend on how the batch is cut into ranks and
+    micro-batches, nor on how masks fall.
 
     Raises:
         UserError: the loss is not finite (before any weight is changed).
@@ -44,12 +46,10 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
         {name: tensor.to(parts.device, non_blocking=True) for name, tensor in batch.items()}
         for batch in parts.loader.load(state.samples_seen)
     ]
-    local_targets = sum((batch["labels"] != IGNORE_LABEL).sum() for batch in micro_batches)
-    assert isinstance(local_targets, torch.Tensor)
-    targets = parts.mesh.sum_over_dp(local_targets.double()).item()
+    targets = parts.mesh.sum_over_dp(_count_targets(micro_batches)).clamp(min=1.0)
 
-    loss_sum = parts.engine.forward_backward(micro_batches, max(targets, 1.0))
-    loss = parts.mesh.sum_over_dp(loss_sum.double()).item() / max(targets, 1.0)
+    loss_sums = parts.engine.forward_backward(micro_batches, targets)
+    loss = (parts.mesh.sum_over_dp(loss_sums.double()) / targets).sum().item()
     if not math.isfinite(loss):
         raise _diverged(state.step + 1, loss)
     lr = parts.schedule.lr_at(state.step)
@@ -73,6 +73,16 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
         loss_scale=outcome.loss_scale,
         skipped=outcome.skipped,
     )
+
+
+def _count_targets(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """(K,) float64: the targets of each objective in this rank's micro-batches."""
+    names = label_names(micro_batches[0])
+    counts = [
+        torch.stack([(batch[name] != IGNORE_LABEL).sum() for name in names])
+        for batch in micro_batches
+    ]
+    return torch.stack(counts).sum(dim=0).double()
 
 
 def _diverged(step: int, loss: float) -> UserError:

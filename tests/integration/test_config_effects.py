@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megascale.config.schema import leaf_fields
+from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
 from tests.integration.runs import make_dataset, make_tokenizer, settings
 
@@ -50,16 +51,32 @@ _SGD = {"optimizer.name": "sgd"}
 _FP16 = {"precision.dtype": "fp16"}
 _OVERFLOWS = {**_FP16, "precision.initial_loss_scale_power": 40, "precision.hysteresis": 1}
 _ROPE = {"model.position_embedding": "rope"}
+_WINDOW = {"model.sliding_window": 3}
+# large weights, so that scores and logits reach the bounds and the turns matter
+_LOUD = {"model.init_std": 0.5}
+_LLAMA3 = {
+    **_ROPE,
+    "model.rope_scaling": "llama3",
+    "model.rope_scaling_factor": 8.0,
+    "model.rope_original_length": 64,
+}
+_BERT = {"model.family": "bert", "data.path": "{bert_data}"}
 _NOT_BUILT = "not built yet"
 
 ROWS = (
     Row("run.output_dir", "{folder}/elsewhere", ("files",)),
     Row("run.seed", 6, ("initial", "samples")),
     Row("run.device", "cuda", ("device",)),
-    Row("model.family", "bert", refused=_NOT_BUILT),
+    Row(
+        "model.family",
+        "bert",
+        ("shapes", "samples"),
+        {"data.path": "{bert_data}/shard_00000", "data.tokenizer": "{bert_data}/tokenizer"},
+    ),
     Row("model.num_layers", 1, ("shapes",)),
     Row("model.hidden_size", 32, ("shapes",)),
     Row("model.num_attention_heads", 4, ("losses", "grad_norms")),
+    Row("model.head_dim", 4, ("shapes",)),
     Row("model.num_kv_heads", 1, ("shapes",)),
     Row("model.ffn_hidden_size", 24, ("shapes",)),
     Row("model.seq_length", 8, ("shapes", "samples")),
@@ -70,11 +87,39 @@ ROWS = (
     # at small values gelu and its approximation agree to the last bit
     Row("model.activation", "gelu", ("losses",), {"model.init_std": 0.5}),
     Row("model.activation", "swiglu", ("shapes",)),
+    Row("model.activation", "geglu", ("losses",), {**_LOUD, "model.activation": "swiglu"}),
+    Row("model.activation", "geglu_tanh", ("losses",), {**_LOUD, "model.activation": "geglu"}),
+    Row("model.norm_placement", "sandwich", ("shapes", "losses")),
+    Row("model.norm_unit_offset", True, ("shapes", "initial"), {"model.norm": "rmsnorm"}),
+    Row("model.parallel_residual", True, ("losses", "grad_norms"), _LOUD),
     Row("model.bias", False, ("shapes",)),
+    Row("model.qkv_bias", False, ("shapes",)),
+    Row("model.attention_output_bias", False, ("shapes",)),
+    Row("model.mlp_bias", False, ("shapes",)),
+    Row("model.qk_norm", True, ("shapes", "losses")),
+    Row("model.query_scaling", 0.5, ("losses",), _LOUD),
+    Row("model.attention_softcap", 0.1, ("losses",), _LOUD),
+    Row("model.logit_softcap", 0.5, ("losses",), _LOUD),
+    Row("model.sliding_window", 3, ("losses",), _LOUD),
+    Row("model.global_layer_interval", 2, ("losses",), {**_LOUD, **_WINDOW}),
+    Row("model.scale_embeddings", True, ("losses",)),
     Row("model.tie_word_embeddings", False, ("shapes",)),
     Row("model.dropout", 0.5, ("losses",)),
     Row("model.attention_dropout", 0.5, ("losses",)),
     Row("model.rope_theta", 20.0, ("losses",), _ROPE),
+    Row("model.rope_local_theta", 20.0, ("losses",), {**_ROPE, **_WINDOW}),
+    Row("model.rotary_fraction", 0.5, ("losses",), _ROPE),
+    Row(
+        "model.rope_scaling",
+        "llama3",
+        ("losses",),
+        {**_ROPE, "model.rope_scaling": "linear", "model.rope_scaling_factor": 8.0},
+    ),
+    Row("model.rope_scaling_factor", 2.0, ("losses",), _LLAMA3),
+    Row("model.rope_low_freq_factor", 3.0, ("losses",), _LLAMA3),
+    Row("model.rope_high_freq_factor", 20.0, ("losses",), _LLAMA3),
+    Row("model.rope_original_length", 16, ("losses",), _LLAMA3),
+    Row("model.num_token_types", 3, ("shapes",), _BERT),
     Row("model.init_std", 0.1, ("initial", "losses")),
     Row("data.path", "{other}", ("samples",)),
     Row("data.split", [0.5, 0.5], ("validations", "samples")),
@@ -85,6 +130,11 @@ ROWS = (
         {"data.path": "{prefix}", "model.vocab_size": 270},
     ),
     Row("data.isolate_documents", True, ("samples", "losses")),
+    Row("data.masking", "whole_word", ("samples", "losses"), _BERT),
+    Row("data.masking", "ngram", ("samples", "losses"), _BERT),
+    Row("data.mask_probability", 0.5, ("samples", "losses"), _BERT),
+    Row("data.sentence_objective", "nsp", ("shapes", "samples", "losses"), _BERT),
+    Row("data.sentence_objective", "sop", ("shapes", "samples", "losses"), _BERT),
     Row("data.validation", {"other": "{other}"}, ("validations",)),
     Row("train.global_batch_size", 8, ("samples", "samples_seen")),
     Row("train.micro_batch_size", 4, ("micro_batches",)),
@@ -160,6 +210,7 @@ ROWS = (
     Row("evaluation.target_loss", 99.0, ("stop", "losses"), _VALIDATES),
     Row("checkpoint.save_interval", 1, ("checkpoints",)),
     Row("checkpoint.keep_last", 1, ("checkpoints",), {"checkpoint.save_interval": 1}),
+    Row("checkpoint.init_from", "{weights}", ("losses",)),
     Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),
@@ -287,15 +338,21 @@ class Observer:
 def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer:
     root = tmp_path_factory.mktemp("effects")
     (root / "other").mkdir()
+    (root / "bert").mkdir()
     tokenizer = make_tokenizer(root)
     data = make_dataset(root, tokenizer)
     names = {
         "data": str(data),
         "other": str(make_dataset(root / "other", tokenizer, shift=3)),
+        "bert_data": str(make_bert_dataset(root / "bert")),
         "prefix": str(data / "shard_00000"),
         "tokenizer": str(tokenizer),
     }
-    return Observer(pools, root, names)
+    observer = Observer(pools, root, names)
+    (root / "source").mkdir()
+    observer({"run.output_dir": str(root / "source"), "run.seed": 9})
+    names["weights"] = str(root / "source" / "checkpoints" / f"step_{STEPS:08d}")
+    return observer
 
 
 def test_every_setting_has_a_row_and_every_row_a_setting() -> None:

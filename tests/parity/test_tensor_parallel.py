@@ -37,8 +37,28 @@ LLAMA: dict[str, Any] = {
     "model.tie_word_embeddings": False,
     "data.isolate_documents": True,
 }
+GEMMA: dict[str, Any] = {
+    **LLAMA,
+    "model.activation": "geglu",
+    "model.norm_placement": "sandwich",
+    "model.norm_unit_offset": True,
+    "model.qk_norm": True,
+    "model.head_dim": 12,
+    "model.attention_softcap": 20.0,
+    "model.logit_softcap": 10.0,
+    "model.scale_embeddings": True,
+    "model.sliding_window": 9,
+    "model.global_layer_interval": 2,
+}
+NEOX: dict[str, Any] = {
+    **GPT,
+    "model.position_embedding": "rope",
+    "model.rotary_fraction": 0.4,
+    "model.parallel_residual": True,
+    "model.qkv_bias": False,
+}
 SGD = {**GPT, "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.grad_clip": 0.0}
-MODELS = {"gpt": GPT, "llama": LLAMA, "sgd": SGD}
+MODELS = {"gpt": GPT, "llama": LLAMA, "gemma": GEMMA, "neox": NEOX, "sgd": SGD}
 
 # world, tp, sequence parallel, engine, stage, recomputation
 LAYOUTS = [
@@ -79,7 +99,7 @@ def test_same_training(
     pools: Pools, token_prefix: Path, references: dict[str, Record], layout: tuple
 ) -> None:
     world, *parallel = layout
-    names = ("gpt", "llama", "sgd") if world == 2 else ("gpt", "llama")
+    names = tuple(MODELS) if world == 2 else ("gpt", "llama")
     for name in names:
         settings = settings_of(token_prefix, {**MODELS[name], **_parallel(*parallel)})
         found = merge(

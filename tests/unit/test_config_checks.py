@@ -23,6 +23,9 @@ class Case:
     world_size: int | None = None
 
 
+ROPE = "model.position_embedding=rope "
+LINEAR = ROPE + "model.rope_scaling=linear model.rope_scaling_factor=2 "
+LLAMA3 = ROPE + "model.rope_scaling=llama3 model.rope_scaling_factor=8 "
 HEADS = "model.hidden_size=96 model.num_attention_heads="
 SGD = "optimizer.name=sgd "
 FP16 = "precision.dtype=fp16 "
@@ -34,12 +37,15 @@ CASES: dict[str, list[Case]] = {
     "heads_divide_hidden_size": [
         Case(HEADS + "9", "model.hidden_size", HEADS + "8", "num_attention_heads = 8"),
         Case("model.hidden_size=100", "model.hidden_size", "model.hidden_size=96", "96 or 108"),
+        Case(
+            "model.hidden_size=100", "model.hidden_size", "model.hidden_size=100 model.head_dim=8"
+        ),
     ],
     "kv_heads_divide_heads": [
         Case("model.num_kv_heads=5", "model.num_kv_heads", "model.num_kv_heads=4", "4 or 6"),
         Case("model.num_kv_heads=24", "model.num_kv_heads", "model.num_kv_heads=12"),
     ],
-    "rope_needs_even_head_width": [
+    "rope_needs_even_width": [
         Case(
             "model.position_embedding=rope model.hidden_size=36",
             "model.position_embedding",
@@ -51,6 +57,83 @@ CASES: dict[str, list[Case]] = {
             "model.position_embedding",
             "model.hidden_size=36",
             "model.hidden_size = 24 or 48",
+        ),
+        Case(
+            ROPE + "model.head_dim=5",
+            "model.position_embedding",
+            ROPE + "model.head_dim=6",
+            "model.head_dim = 4 or 6",
+        ),
+        Case(
+            ROPE + "model.rotary_fraction=0.33",
+            "model.rotary_fraction",
+            ROPE + "model.rotary_fraction=0.34375",
+            "0.33 * 64 gives 21 model.rotary_fraction = 0.34375",
+        ),
+        Case(
+            ROPE + "model.rotary_fraction=0.01",
+            "model.rotary_fraction",
+            ROPE + "model.rotary_fraction=0.03125",
+            "0.03125",
+        ),
+    ],
+    "stretching_needs_factor": [
+        Case(
+            ROPE + "model.rope_scaling=linear",
+            "model.rope_scaling_factor",
+            LINEAR,
+            "must be > 1: model.rope_scaling = linear",
+        ),
+    ],
+    "llama3_needs_a_passage": [
+        Case(
+            LLAMA3 + "model.rope_low_freq_factor=4",
+            "model.rope_high_freq_factor",
+            LLAMA3 + "model.rope_low_freq_factor=4 model.rope_high_freq_factor=16",
+            "for example 16.0",
+        ),
+    ],
+    "local_theta_needs_windows": [
+        Case(
+            ROPE + "model.rope_local_theta=500",
+            "model.rope_local_theta",
+            ROPE + "model.rope_local_theta=500 model.sliding_window=8",
+            "sliding_window is None",
+        ),
+        Case(
+            "model.rope_local_theta=500 model.sliding_window=8",
+            "model.rope_local_theta",
+            "model.sliding_window=8",
+            "position_embedding is learned",
+        ),
+    ],
+    "ignored:model.rotary_fraction": [
+        Case("model.rotary_fraction=0.25", "model.rotary_fraction", ROPE),
+    ],
+    "ignored:model.rope_scaling": [
+        Case("model.rope_scaling=linear model.rope_scaling_factor=2", "model.rope_scaling", LINEAR),
+    ],
+    "ignored:model.rope_scaling_factor": [
+        Case(ROPE + "model.rope_scaling_factor=2", "model.rope_scaling_factor", LINEAR),
+    ],
+    **{
+        f"ignored:model.{name}": [
+            Case(LINEAR + f"model.{name}=2", f"model.{name}", LLAMA3 + f"model.{name}=2", "llama3"),
+        ]
+        for name in ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")
+    },
+    "ignored:model.norm_unit_offset": [
+        Case(
+            "model.norm_unit_offset=true",
+            "model.norm_unit_offset",
+            "model.norm_unit_offset=true model.norm=rmsnorm",
+        ),
+    ],
+    "ignored:model.global_layer_interval": [
+        Case(
+            "model.global_layer_interval=2",
+            "model.global_layer_interval",
+            "model.global_layer_interval=2 model.sliding_window=8",
         ),
     ],
     "min_lr_below_lr": [
@@ -264,9 +347,89 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_last=2",
         ),
     ],
-    "not_built:model.family": [
+    "ignored:model.num_token_types": [
         Case(
-            "model.family=bert", "model.family", "model.family=gpt", "the bert family is not built"
+            "model.num_token_types=3",
+            "model.num_token_types",
+            "model.num_token_types=3 model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.masking": [
+        Case(
+            "data.masking=ngram",
+            "data.masking",
+            "data.masking=ngram model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.mask_probability": [
+        Case(
+            "data.mask_probability=0.2",
+            "data.mask_probability",
+            "data.mask_probability=0.2 model.family=bert",
+            "is a bert",
+        ),
+    ],
+    "ignored:data.sentence_objective": [
+        Case(
+            "data.sentence_objective=sop",
+            "data.sentence_objective",
+            "data.sentence_objective=sop model.family=bert",
+            "is a bert",
+        ),
+    ],
+    **{
+        f"only_gpt:{path}": [
+            Case(
+                f"model.family=bert {path}={value} {beside}",
+                path,
+                f"model.family=gpt {path}={value} {beside}",
+                "gpt only",
+            )
+        ]
+        for path, value, beside in (
+            ("model.num_kv_heads", "6", ""),
+            ("model.position_embedding", "rope", ""),
+            ("model.norm", "rmsnorm", ""),
+            ("model.bias", "false", ""),
+            ("model.tie_word_embeddings", "false", ""),
+            ("model.head_dim", "32", ""),
+            ("model.norm_placement", "sandwich", ""),
+            ("model.parallel_residual", "true", ""),
+            ("model.qkv_bias", "false", ""),
+            ("model.attention_output_bias", "false", ""),
+            ("model.mlp_bias", "false", ""),
+            ("model.qk_norm", "true", ""),
+            ("model.query_scaling", "9.0", ""),
+            ("model.attention_softcap", "9.0", ""),
+            ("model.logit_softcap", "9.0", ""),
+            ("model.sliding_window", "9", ""),
+            ("model.scale_embeddings", "true", ""),
+            ("data.isolate_documents", "true", ""),
+        )
+    },
+    "only_gpt:parallel.sequence_parallel": [
+        Case(
+            "model.family=bert parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
+            "parallel.sequence_parallel",
+            "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
+            "gpt only",
+        ),
+    ],
+    "bert_has_no_gate": [
+        Case(
+            "model.family=bert model.activation=swiglu",
+            "model.activation",
+            "model.family=bert model.activation=gelu",
+        ),
+    ],
+    "pairs_need_token_types": [
+        Case(
+            "model.family=bert model.num_token_types=1 data.sentence_objective=nsp",
+            "model.num_token_types",
+            "model.family=bert model.num_token_types=1 data.sentence_objective=none",
+            "two segments",
         ),
     ],
     "not_built:parallel.pipeline_parallel_size": [

@@ -12,7 +12,7 @@ import pytest
 
 from megascale.data import statistics
 from megascale.data.corpus import TokenCorpus
-from megascale.data.statistics import ngram_entropy
+from megascale.data.statistics import most_frequent_token, ngram_entropy
 from megascale.data.token_file import TokenFileWriter
 
 
@@ -28,6 +28,13 @@ def _by_counting(tokens: list[int]) -> tuple[float, float]:
     first = -sum(n / len(tokens) * math.log(n / len(tokens)) for n in unigrams.values())
     total = len(tokens) - 1
     return first, -sum(n / total * math.log(n / firsts[a]) for (a, _), n in pairs.items())
+
+
+def test_the_most_frequent_token_of_a_part(tmp_path: Path) -> None:
+    corpus = _corpus(tmp_path, [4, 7, 9, 7, 9, 9])
+    assert most_frequent_token(corpus, (0, 6)) == 9
+    assert most_frequent_token(corpus, (0, 5)) == 7, "the smaller id of two"
+    assert most_frequent_token(corpus, (0, 1)) == 4
 
 
 def test_by_hand(tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_a_batch_is_its_texts_and_control_tokens_never_come_from_text(tokenizer:
     assert all(0 <= number < tokenizer.vocab_size for ids in batch for number in ids)
 
 
+def test_words_begin_with_white_space(tokenizer: Tokenizer) -> None:
+    """Byte-level BPE and sentencepiece: what is not special and decodes to a leading space."""
+    starts = tokenizer.word_starts()
+    assert starts.shape == (tokenizer.vocab_size,)
+    for text in ("return the main thing", "Hello again, again and again"):
+        ids = tokenizer.encode(text)
+        begins = [
+            text[: len(tokenizer.decode(ids[:i]))] for i in range(1, len(ids)) if starts[ids[i]]
+        ]
+        words = text.split(" ")
+        assert begins == [" ".join(words[:n]) for n in range(1, len(words))]
+
+
 def test_fingerprint_survives_saving_and_tells_tokenizers_apart(
     tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,36 @@ def test_count_is_exact_for_every_choice() -> None:
             tie_word_embeddings=tied,
         )
         assert num_parameters(config) == built(config), config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_width": 10},
+        {"qkv_bias": False},
+        {"attention_output_bias": False},
+        {"mlp_bias": False},
+        {"bias": False, "qkv_bias": True},
+        {"qk_norm": True},
+        {"qk_norm": True, "norm": "rmsnorm", "norm_unit_offset": True},
+        {"norm_placement": "sandwich"},
+        {"norm_placement": "sandwich", "norm": "rmsnorm"},
+        {"activation": "geglu"},
+        {"activation": "geglu_tanh", "mlp_bias": False},
+        {"parallel_residual": True, "sliding_window": 4, "scale_embeddings": True},
+    ],
+)
+def test_count_is_exact_for_every_variant(changes: dict[str, Any]) -> None:
+    small = replace(GPT2, num_layers=2, hidden_size=24, num_attention_heads=3, num_kv_heads=3)
+    config = replace(small, ffn_hidden_size=20, vocab_size=31, **changes)
+    assert num_parameters(config) == built(config)
+
+
+def test_windows_count_what_they_see() -> None:
+    window = replace(GPT2, sliding_window=256, global_layer_interval=6)
+    saved = 10 * 12 * 768 * (1024 - 256)  # layers 5 and 11 of 12 see all
+    assert flops_per_token(GPT2, 1024) - flops_per_token(window, 1024) == saved
+    assert flops_per_token(GPT2, 128) == flops_per_token(window, 128)
 
 
 def test_flops_by_hand() -> None:

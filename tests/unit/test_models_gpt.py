@@ -11,6 +11,7 @@ from megascale.models.dropout import CounterDropout, sample_keys
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
+from megascale.models.rotary import Rotary, apply_rotary, rotary_frequencies, rotary_tables
 
 GPT2_STYLE = GPTConfig(
     vocab_size=29,
@@ -30,7 +31,37 @@ LLAMA_STYLE = replace(
     bias=False,
     tie_word_embeddings=False,
 )
-STYLES = pytest.mark.parametrize("config", [GPT2_STYLE, LLAMA_STYLE], ids=["gpt2", "llama"])
+GEMMA_STYLE = replace(
+    LLAMA_STYLE,
+    head_width=8,
+    norm_unit_offset=True,
+    norm_placement="sandwich",
+    activation="geglu_tanh",
+    qk_norm=True,
+    query_scaling=5.0,
+    attention_softcap=2.0,
+    logit_softcap=3.0,
+    sliding_window=3,
+    global_layer_interval=2,
+    scale_embeddings=True,
+    rope_local_theta=100.0,
+    rope_scaling="linear",
+    rope_scaling_factor=2.0,
+)
+NEOX_STYLE = replace(
+    GPT2_STYLE,
+    position_embedding="rope",
+    rotary_fraction=0.7,  # 4 of a head's 6 features
+    parallel_residual=True,
+    attention_output_bias=False,
+    sliding_window=5,
+    tie_word_embeddings=False,
+)
+STYLES = pytest.mark.parametrize(
+    "config",
+    [GPT2_STYLE, LLAMA_STYLE, GEMMA_STYLE, NEOX_STYLE],
+    ids=["gpt2", "llama", "gemma", "neox"],
+)
 
 
 def build(config: GPTConfig, **changes: Any) -> GPT:
@@ -63,6 +94,70 @@ def test_parameter_names() -> None:
     assert {name for name, _ in GPT(GPT2_STYLE).named_parameters()} == gpt2
     assert {name for name, _ in GPT(LLAMA_STYLE).named_parameters()} == llama
     assert not list(GPT(LLAMA_STYLE).buffers())
+    norms = {name for name, _ in GPT(GEMMA_STYLE).named_parameters() if name.endswith(".offset")}
+    stems = [f"layers.{layer}." for layer in range(3)]
+    four = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+    heads = ("attention.query_norm", "attention.key_norm")
+    wanted = {f"{stem}{name}.offset" for stem in stems for name in (*four, *heads)}
+    assert norms == wanted | {"final_norm.offset"}
+    biased = {name for name, _ in GPT(NEOX_STYLE).named_parameters() if name.endswith(".bias")}
+    assert "layers.0.attention.query.bias" in biased
+    assert "layers.0.attention.output.bias" not in biased
+
+
+def test_offsets_start_at_zero_and_norms_at_one() -> None:
+    model = GPT(GEMMA_STYLE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    initialize(model, 3, init_std=0.2, num_layers=3)
+    assert all((p == 0).all() for n, p in model.named_parameters() if n.endswith(".offset"))
+
+
+def test_windows() -> None:
+    """Layers 0 and 2 of the Gemma style see 3 tokens, layer 1 all."""
+    assert [GEMMA_STYLE.window(layer) for layer in range(3)] == [3, None, 3]
+    assert [NEOX_STYLE.window(layer) for layer in range(3)] == [5, 5, 5]
+    one = replace(NEOX_STYLE, num_layers=1)
+    model, ids = build(one), tokens(1, 12)
+    changed = ids.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % 29
+    moved = (model(ids) - model(changed)).abs().amax(dim=(0, 2)) > 1e-5
+    assert moved.tolist() == [2 <= position < 2 + 5 for position in range(12)]
+    wide = replace(one, sliding_window=12)
+    assert torch.equal(build(wide)(ids), build(replace(one, sliding_window=None))(ids))
+
+
+def test_softcap_bounds() -> None:
+    head = LMHead(24, 29, tied=False, softcap=0.5)
+    logits = head(100 * torch.randn(2, 5, 24))
+    assert 0.49 < logits.abs().max() <= 0.5
+    small = head(1e-3 * torch.randn(2, 5, 24))
+    assert small.abs().max() < 1e-2
+
+
+def test_partial_rotation_leaves_the_rest() -> None:
+    rotary = NEOX_STYLE.rotary(0)
+    assert rotary is not None
+    assert rotary.width == 4
+    x, positions = torch.randn(1, 6, 2, 6), torch.arange(6)[None]
+    turned = apply_rotary(x, *rotary_tables(positions, rotary))
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    assert (turned[:, 1:, :, :4] - x[:, 1:, :, :4]).abs().amin(dim=(0, 2)).max() > 1e-3
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_llama3_stretches_long_wavelengths_only() -> None:
+    cpu = torch.device("cpu")
+    plain = rotary_frequencies(Rotary(1e4, 64), cpu)
+    scaled = rotary_frequencies(Rotary(1e4, 64, "llama3", 8.0, 1.0, 4.0, 256), cpu)
+    wavelengths = 2 * torch.pi / plain
+    long, short = wavelengths > 256, wavelengths < 64
+    torch.testing.assert_close(scaled[long], plain[long] / 8)
+    assert torch.equal(scaled[short], plain[short])
+    between = ~long & ~short
+    assert between.any()
+    assert ((plain / 8 < scaled) & (scaled < plain))[between].all()
 
 
 @STYLES
@@ -184,7 +279,7 @@ def test_attention_cut_along_heads_adds_up(config: GPTConfig) -> None:
         part.output.weight = torch.nn.Parameter(part.output.weight.data.chunk(2, dim=1)[rank])
         part.core.dropout.set_shard(0, rank, 2)
         total += part(x, positions, None, keys)
-    if config.bias:
+    if whole.output.bias is not None:
         total -= whole.output.bias  # added on both ranks
     torch.testing.assert_close(whole(x, positions, None, keys), total, rtol=0, atol=2e-6)
 
@@ -219,6 +314,11 @@ def test_sequence_longer_than_the_learned_positions() -> None:
         ({"attention_dropout": -0.1}, "attention_dropout=-0.1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
         ({"rope_theta": float("nan")}, "rope_theta=nan"),
+        ({"rope_scaling": "yarn"}, "'yarn'"),
+        ({"norm_placement": "post"}, "'post'"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"attention_softcap": -1.0}, "attention_softcap=-1.0"),
+        ({"position_embedding": "rope", "rotary_fraction": 0.1}, "on 0.1 of it"),
     ],
 )
 def test_impossible_configs_are_refused(changes: dict[str, Any], said: str) -> None:

@@ -39,6 +39,8 @@ class _Mesh:
 class _Scorer:
     """A model whose loss on a target is its id / 10."""
 
+    module: Any = SimpleNamespace(objectives=("next_token",))
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         yield
@@ -73,6 +75,38 @@ def test_ranks_are_summed_and_bytes_are_those_of_the_targets() -> None:
     assert result.utf8_bytes == 2 * (6 + 15 + 6)
     assert result.loss == pytest.approx(_evaluate(1, None).loss)
     assert result.bits_per_byte == pytest.approx(result.loss * 18 / math.log(2) / 54)
+    assert result.metrics == {}
+
+
+class _TwoObjectives(_Scorer):
+    """Also a loss of 2 for each sentence; half of the tokens and all sentences are right."""
+
+    module: Any = SimpleNamespace(objectives=("masked_lm", "sop"))
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        loss, count = super().forward(micro_batch)
+        sentences = (micro_batch["sentence_labels"] != -100).sum()
+        sums = torch.stack((loss, 2.0 * sentences))
+        return sums, torch.stack((count, sentences)), torch.stack((count // 2, sentences))
+
+
+def test_each_objective_has_its_own_mean_and_accuracy() -> None:
+    batches = [
+        {"labels": torch.tensor([[1, 2], [5, -100]]), "sentence_labels": torch.tensor([0, 1])},
+        {
+            "labels": torch.tensor([[4, -100], [-100, -100]]),
+            "sentence_labels": torch.tensor([0, -100]),
+        },
+    ]
+    loaders: Any = [batches]
+    mesh: Any = _Mesh(3)
+    result = evaluate(_TwoObjectives(), loaders, mesh, CPU)
+    assert result.metrics == pytest.approx(
+        {"masked_lm_loss": 0.3, "sop_loss": 2.0, "masked_lm_accuracy": 0.25, "sop_accuracy": 1.0}
+    )
+    assert result.loss == pytest.approx(2.3)
+    assert result.perplexity == pytest.approx(math.exp(0.3))
+    assert result.tokens == 12
 
 
 def test_an_evaluation_in_bits() -> None:

@@ -63,7 +63,8 @@ class ConsoleCallback(Callback):
         if trainer.parts.mesh.is_main:
             self._console.print(
                 f"step {trainer.state.step:>6}  {split} loss {result.loss:.4f}  "
-                f"perplexity {result.perplexity:.2f}  ({result.tokens:,} tokens)",
+                f"perplexity {result.perplexity:.2f}  ({result.tokens:,} tokens)"
+                + "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items()),
                 highlight=False,
                 soft_wrap=True,
             )

@@ -46,6 +46,7 @@ class MetricsFileCallback(Callback):
         self._evaluation[f"{split}_loss"] = result.loss
         self._evaluation[f"{split}_perplexity"] = result.perplexity
         self._evaluation[f"{split}_tokens"] = result.tokens
+        self._evaluation |= {f"{split}_{name}": value for name, value in result.metrics.items()}
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Write the step's line."""

@@ -52,10 +52,11 @@ class TensorBoardCallback(Callback):
                     self._writer.add_scalar(tag, value, result.step)
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
-        """Add the validation's loss and perplexity."""
+        """Add the validation's loss and perplexity, and the task's own metrics."""
         if self._writer is not None:
-            self._writer.add_scalar(f"{split}/loss", result.loss, trainer.state.step)
-            self._writer.add_scalar(f"{split}/perplexity", result.perplexity, trainer.state.step)
+            scalars = {"loss": result.loss, "perplexity": result.perplexity, **result.metrics}
+            for name, value in scalars.items():
+                self._writer.add_scalar(f"{split}/{name}", value, trainer.state.step)
 
     def close(self) -> None:
         """Flush and close."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import nn
 
+from megascale.data.corpus import TokenCorpus
+from megascale.data.loader import EvaluationLoader
+from megascale.data.protocol import FiniteSampleSource
 from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
 
@@ -14,8 +18,14 @@ from megascale.training.datasets import Corpora, RunData
 class Task(Protocol):
     """One kind of pretraining (a model family with its head, loss and samples).
 
-    Its module's forward takes a micro-batch's tensors as keywords and returns
-    (sum of the loss over the targets, number of targets), both scalars.
+    Its module has `objectives`, a tuple of K names, the tokens' first. Its forward takes a
+    micro-batch's tensors as keywords and returns, each of shape (K,) (a scalar will do for K = 1):
+
+        loss sums   over the targets of each objective, nats;
+        targets     their numbers: what `data.protocol.label_names` finds in the batch;
+        correct     in eval mode, if the task measures it: how many have the largest logit.
+
+    The loss is the sum over the objectives of (loss sum / targets), over the global batch.
     """
 
     def build_module(self) -> nn.Module:
@@ -36,6 +46,20 @@ class Task(Protocol):
 
     def open_data(self, corpora: Corpora) -> RunData:
         """Samples over the opened corpora: training stream, validation and test sets."""
+        ...
+
+    def evaluation_set(
+        self, corpora: Corpora, corpus: TokenCorpus, part: tuple[int, int]
+    ) -> FiniteSampleSource:
+        """Every sample of a part of a corpus once, as validation reads it."""
+        ...
+
+    def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
+        """(V,) UTF-8 bytes that each target stands for; None where bits per byte mean nothing."""
+        ...
+
+    def baselines(self, corpora: Corpora, held_out: Iterable[EvaluationLoader]) -> dict[str, float]:
+        """What a model must beat, from counts over the first corpus's training part."""
         ...
 
     def flops_per_sample(self) -> float:

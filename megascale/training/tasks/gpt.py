@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
+from megascale.data.corpus import TokenCorpus
+from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
+from megascale.data.loader import EvaluationLoader
+from megascale.data.protocol import IGNORE_LABEL
+from megascale.data.statistics import ngram_entropy
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import flops_per_token
 from megascale.models.gpt import GPT, GPTConfig
@@ -22,10 +29,14 @@ from megascale.parallel.tensor_parallel import (
     interval,
     parallelize,
 )
-from megascale.training.datasets import Corpora, RunData, open_gpt_data
+from megascale.training.datasets import (
+    Corpora,
+    RunData,
+    TokenRange,
+    open_run_data,
+    require_mode,
+)
 from megascale.training.losses import TokenLoss, VocabularyPart
-
-IGNORE = -100
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -39,14 +50,35 @@ def gpt_config(model: ModelConfig) -> GPTConfig:
         num_kv_heads=model.resolved_num_kv_heads,
         ffn_hidden_size=model.resolved_ffn_hidden_size,
         seq_length=model.seq_length,
+        head_width=model.head_dim,
         position_embedding=model.position_embedding,
         norm=model.norm,
         norm_eps=model.norm_eps,
+        norm_placement=model.norm_placement,
+        norm_unit_offset=model.norm_unit_offset,
+        parallel_residual=model.parallel_residual,
         activation=model.activation,
         bias=model.bias,
+        qkv_bias=model.qkv_bias,
+        attention_output_bias=model.attention_output_bias,
+        mlp_bias=model.mlp_bias,
+        qk_norm=model.qk_norm,
+        query_scaling=model.query_scaling,
+        attention_softcap=model.attention_softcap,
+        logit_softcap=model.logit_softcap,
+        sliding_window=model.sliding_window,
+        global_layer_interval=model.global_layer_interval,
+        scale_embeddings=model.scale_embeddings,
         dropout=model.dropout,
         attention_dropout=model.resolved_attention_dropout,
         rope_theta=model.rope_theta,
+        rope_local_theta=model.rope_local_theta,
+        rotary_fraction=model.rotary_fraction,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        rope_low_freq_factor=model.rope_low_freq_factor,
+        rope_high_freq_factor=model.rope_high_freq_factor,
+        rope_original_length=model.rope_original_length,
         init_std=model.init_std,
         tie_word_embeddings=model.tie_word_embeddings,
     )
@@ -61,12 +93,16 @@ class GPTModule(nn.Module):
         loss: what is minimised.
     """
 
+    objectives = ("next_token",)
+
     def __init__(self, config: GPTConfig, seed: int, loss: TokenLoss | None = None) -> None:
         super().__init__()
         self.seed = seed
         self.loss = loss or TokenLoss()
         self.model = GPT(config)
-        self.head = LMHead(config.hidden_size, config.vocab_size, config.tie_word_embeddings)
+        self.head = LMHead(
+            config.hidden_size, config.vocab_size, config.tie_word_embeddings, config.logit_softcap
+        )
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
 
     def logits(
@@ -102,7 +138,7 @@ class GPTModule(nn.Module):
         if labels is None:
             return self.loss.whole(logits), torch.zeros((), device=logits.device)
         loss_sum = self.loss(logits, labels, training=self.training)
-        return loss_sum, (labels != IGNORE).sum()
+        return loss_sum, (labels != IGNORE_LABEL).sum()
 
 
 def gpt_plan(config: GPTConfig) -> Plan:
@@ -128,8 +164,14 @@ def gpt_plan(config: GPTConfig) -> Plan:
     }
     if config.position_embedding == "learned":
         plan["model.embedding.positions"] = Rule("positions")
-    if config.activation == "swiglu":
+    if config.activation in ("swiglu", "geglu"):
         plan[f"{layer}.mlp.gate"] = Rule("column")
+    if config.norm_placement == "sandwich":
+        plan[f"{layer}.attention_post_norm"] = Rule("sequence")
+        plan[f"{layer}.mlp_post_norm"] = Rule("sequence")
+    if config.qk_norm:
+        plan[f"{layer}.attention.query_norm"] = Rule("heads")
+        plan[f"{layer}.attention.key_norm"] = Rule("heads")
     return plan
 
 
@@ -173,7 +215,34 @@ class GPTTask:
 
     def open_data(self, corpora: Corpora) -> RunData:
         """See `Task.open_data`."""
-        return open_gpt_data(self._config, corpora)
+        isolate, seed = self._config.data.isolate_documents, self._config.run.seed
+
+        def training_set(corpus: TokenCorpus, part: TokenRange) -> GPTDataset:
+            require_mode(corpus, "gpt")
+            return GPTDataset(corpus, part, self._gpt.seq_length, seed, isolate)
+
+        return open_run_data(
+            self._config, corpora, training_set, partial(self.evaluation_set, corpora)
+        )
+
+    def evaluation_set(
+        self, corpora: Corpora, corpus: TokenCorpus, part: TokenRange
+    ) -> EvaluationDataset:
+        """See `Task.evaluation_set`."""
+        require_mode(corpus, "gpt")
+        isolate = self._config.data.isolate_documents
+        return EvaluationDataset(corpus, part, self._gpt.seq_length, isolate)
+
+    def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
+        """See `Task.byte_lengths`."""
+        return corpora.tokenizer.byte_lengths() if corpora.tokenizer else None
+
+    def baselines(self, corpora: Corpora, held_out: Iterable[EvaluationLoader]) -> dict[str, float]:
+        """Entropies of the training part, nats a token: what tables of counts could reach."""
+        corpus = corpora.corpora[0]
+        train = corpus.split(self._config.data.split, minimum_tokens=2)[0]
+        unigram, bigram = ngram_entropy(corpus, train)
+        return {"unigram_entropy": unigram, "bigram_entropy": bigram}
 
     def flops_per_sample(self) -> float:
         """See `Task.flops_per_sample`."""

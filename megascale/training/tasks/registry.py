@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from megascale.config.schema import Config
 from megascale.training.tasks.base import Task
+from megascale.training.tasks.bert import BERTTask
 from megascale.training.tasks.gpt import GPTTask
 
-TASKS: dict[str, Callable[[Config], Task]] = {"gpt": GPTTask}
+TASKS: dict[str, Callable[[Config], Task]] = {"bert": BERTTask, "gpt": GPTTask}
 
 
 def build_task(config: Config) -> Task:

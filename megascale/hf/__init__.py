@@ -1,0 +1,1 @@
+"""Checkpoints from and to Hugging Face: one file a family, each a table."""

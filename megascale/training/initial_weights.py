@@ -1,0 +1,55 @@
+"""A new run that starts from the weights of a checkpoint, with everything else fresh.
+
+The checkpoint may be an import from Hugging Face or one of another run; it is read by fragments,
+so that any engine and ZeRO stage takes it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megascale.checkpoint.manager import open_intact
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.data.tokenizer import Tokenizer
+from megascale.engine.protocol import Engine
+from megascale.errors import UserError
+from megascale.training.inference import checkpoint_tokenizer
+from megascale.training.tasks.base import Task
+
+
+def open_initial_weights(path: str, task: Task, tokenizer: Tokenizer | None) -> CheckpointReader:
+    """Open the checkpoint `checkpoint.init_from` and check that it fits the run; collective.
+
+    Args:
+        path: the checkpoint's folder.
+        task: of the run; its module's parameters must be those of the checkpoint.
+        tokenizer: of the run's data; None when it has none.
+
+    Raises:
+        UserError: damaged, parameters of other names or shapes (all are listed), or weights that
+            were trained on the ids of another tokenizer.
+    """
+    reader = open_intact(path)
+    with torch.device("meta"):
+        module = task.build_module()
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    reader.check_parameters(shapes, ("master",))
+    known = checkpoint_tokenizer(reader)
+    if known is not None and tokenizer is not None and known.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the data's tokenizer is {tokenizer.fingerprint}",
+            rule=f"checkpoint.init_from={path} was trained with {known.fingerprint}: to its "
+            "weights the same ids mean other tokens",
+            remedy=f"tokenise the text with the tokenizer in {path}/tokenizer",
+        )
+    return reader
+
+
+def load_initial_weights(reader: CheckpointReader, engine: Engine) -> None:
+    """Fill the engine's weights from `reader` and close it; the optimizer's state stays fresh."""
+    with torch.no_grad():
+        for fragment in engine.prepare_load(updates=0):
+            if fragment.kind == "master":
+                reader.fill(fragment)
+    engine.finish_load()
+    reader.close()
