@@ -38,7 +38,7 @@ FP16 = {
 CHANGES = {
     "optimizer.grad_clip": 0.5,
     "train.max_steps": 60,
-    "train.micro_batch_size": 2,
+    "train.micro_batch_size": 4,
     "model.dropout": 0.1,
 }
 Curve = list[tuple[float, float, bool, float]]
@@ -150,10 +150,8 @@ def references(pools: Pools, token_prefix: Path) -> Callable[[tuple[int, ...]], 
         (1, "torch", 0, 1),
         (1, "torch", 3, 1),
         (2, "torch", 0, 1),
-        (2, "torch", 1, 1),
         (2, "torch", 3, 1),
         (2, "torch", 0, 2),
-        (2, "deepspeed", 1, 1),
         (2, "deepspeed", 3, 1),
     ],
 )
