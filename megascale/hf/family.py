@@ -64,6 +64,8 @@ class Family:
         skipped: tensors of theirs that are no parameters (buffers of old versions), as patterns.
         aliases: other names of tensors in newer or older files -> the name in `rows`.
         tied_head: the tensor that a tied model may hold a second time; "" for none.
+        auto_class: transformers' class that loads it by its folder, for the model card.
+        pipeline_tag: what it does in the hub's words, for the model card.
     """
 
     model_type: str
@@ -75,6 +77,8 @@ class Family:
     skipped: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     tied_head: str = "lm_head.weight"
+    auto_class: str = "AutoModelForCausalLM"
+    pipeline_tag: str = "text-generation"
 
     def read_config(self, theirs: Values) -> dict[str, Any]:
         """Settings of `model` for a config.json.

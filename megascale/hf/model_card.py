@@ -10,7 +10,7 @@ from megascale.hf.family import Family
 
 _TEMPLATE = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline_tag}
 tags:
 - megascale
 - {family}
@@ -31,9 +31,9 @@ A {architecture} with {parameters:,} parameters, pretrained with {program}.
 | precision of training | {precision} |
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+model = {auto_class}.from_pretrained("path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 
@@ -50,6 +50,8 @@ def model_card(manifest: Manifest, config: Config, family: Family) -> str:
         training = f"{train['step']:,} steps, {train['tokens_seen']:,} tokens"
     return _TEMPLATE.format(
         family=family.model_type,
+        pipeline_tag=family.pipeline_tag,
+        auto_class=family.auto_class,
         title=f"{family.model_type} of step {manifest.step}",
         architecture=family.architecture,
         parameters=sum(math.prod(shape) for shape in manifest.parameters.values()),
