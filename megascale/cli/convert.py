@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megascale.cli.evaluate import CheckpointFolder
+from megascale.cli.evaluate import CheckpointFolder, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ def to_hf(
     family: Annotated[
         str | None, typer.Option(help="model_type to write; the first that fits by default.")
     ] = None,
+    weights: Weights = "trained",
 ) -> None:
     """Write a checkpoint as a folder that transformers loads."""
     from megascale.checkpoint.reader import CheckpointReader
@@ -49,6 +50,7 @@ def to_hf(
             family_name=family,
             dtype=_dtype(dtype),
             shard_bytes=parse_size(shard_size),
+            weights=weights,
         )
     finally:
         reader.close()

@@ -17,6 +17,7 @@ import yaml
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorStream, write_streams
+from megascale.checkpoint.weights import WeightSource
 from megascale.checkpoint.writer import grouped_by_size
 from megascale.config.load import load_config
 from megascale.config.schema import Config
@@ -27,7 +28,6 @@ from megascale.hf.layouts import Shape
 from megascale.hf.model_card import model_card
 from megascale.hf.registry import family_for
 from megascale.hf.source import BLOCK_ELEMENTS
-from megascale.parallel.fragment import Fragment, whole_box
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -73,6 +73,7 @@ def export_model(
     family_name: str | None = None,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 1000**3,
+    weights: str = "trained",
 ) -> Exported:
     """Write a checkpoint's weights as a folder of transformers: all or nothing, by one rename.
 
@@ -83,6 +84,7 @@ def export_model(
         family_name: `model_type` to write; None takes the first that fits.
         dtype: of the weights in the files.
         shard_bytes: a file is closed when the next tensor would make it larger.
+        weights: which of the checkpoint's weights; see `WeightSource`.
 
     Raises:
         UserError: no family computes what this model computes, a damaged checkpoint, or a folder
@@ -93,7 +95,8 @@ def export_model(
     family = family_for(config.model, family_name)
     shapes = {name: tuple(shape) for name, shape in reader.manifest.parameters.items()}
     entries = family.entries(shapes, config.model.num_layers)
-    tensors = [_stream(reader, entry, shapes, config, dtype) for entry in entries]
+    source = WeightSource(reader, weights)
+    tensors = [_stream(source, entry, shapes, config, dtype) for entry in entries]
     parent, _, name = Storage(out).root.rstrip("/").rpartition("/")
     storage = Storage(parent or "/")
     if storage.exists(name):
@@ -112,11 +115,13 @@ def export_model(
     except BaseException:
         storage.remove_folder(temporary)
         raise
+    finally:
+        source.close()
     return Exported(family.model_type, sum(torch.Size(t.shape).numel() for t in tensors), num_files)
 
 
 def _stream(
-    reader: CheckpointReader,
+    source: WeightSource,
     entry: Entry,
     shapes: Mapping[str, Shape],
     config: Config,
@@ -127,31 +132,31 @@ def _stream(
 
     def blocks() -> Iterator[torch.Tensor]:
         if entry.layout.is_plain:
-            for block in _blocks(reader, entry.ours[0], ours[0]):
+            for block in _blocks(source, entry.ours[0], ours[0]):
                 yield block.to(dtype)
             return
-        parts = [_whole(reader, name, shape) for name, shape in zip(entry.ours, ours, strict=True)]
+        parts = [_whole(source, name, shape) for name, shape in zip(entry.ours, ours, strict=True)]
         yield entry.layout.merge(parts, heads).to(dtype)
 
     return TensorStream(entry.theirs, dtype, entry.layout.shape(ours, heads), blocks)
 
 
-def _blocks(reader: CheckpointReader, name: str, shape: Shape) -> Iterator[torch.Tensor]:
+def _blocks(source: WeightSource, name: str, shape: Shape) -> Iterator[torch.Tensor]:
     """A parameter's elements in order, fp32; each block takes the place of the one before."""
     total = torch.Size(shape).numel()
     buffer = torch.empty(min(BLOCK_ELEMENTS, total))
     for start in range(0, total, BLOCK_ELEMENTS):
         block = buffer[: total - start]
-        reader.fill(Fragment(name, "master", shape, whole_box(shape), start, block))
+        source.fill(name, shape, start, block)
         yield block
 
 
-def _whole(reader: CheckpointReader, name: str, shape: Shape) -> torch.Tensor:
+def _whole(source: WeightSource, name: str, shape: Shape) -> torch.Tensor:
     """A parameter, fp32."""
     tensor = torch.empty(shape)
     for index, block in enumerate(tensor.view(-1).split(BLOCK_ELEMENTS)):
         start = index * BLOCK_ELEMENTS
-        reader.fill(Fragment(name, "master", shape, whole_box(shape), start, block))
+        source.fill(name, shape, start, block)
     return tensor
 
 

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megascale.checkpoint.reader import CheckpointReader
 from megascale.errors import UserError
+from megascale.hf.exporting import export_model
+from megascale.training.inference import LoadedModel
 from tests.distributed import Pools
 from tests.integration.runs import make_dataset, make_tokenizer, metrics, settings
 
@@ -47,7 +52,6 @@ def _tree(names: dict[str, Path], output: Path, **changes: Any) -> dict[str, Any
 
 def fit_rank(tree: dict[str, Any], resume: bool = False) -> str:
     """Runs on every rank: train as the command line does; what the console shows."""
-    import torch
     import torch.distributed as dist
     from rich.console import Console
 
@@ -68,8 +72,6 @@ def fit_rank(tree: dict[str, Any], resume: bool = False) -> str:
 
 def evaluate_rank(path: str, **kwargs: Any) -> Any:
     """Runs on every rank: the report of an evaluation, or the refusal's text."""
-    import torch
-
     from megascale.training.held_out import evaluate_checkpoint
 
     try:
@@ -176,6 +178,13 @@ def test_averaged_weights_are_evaluated(
         said = pools(1).run(evaluate_rank, path=folder, **kwargs)[0]
         assert isinstance(said, str)
         return said
+
+    for weights in ("ema", "last-3"):  # to transformers as well
+        out = str(tmp_path / f"hf_{weights}")
+        export_model(CheckpointReader(folder), None, out, weights=weights)
+        exported = load_file(f"{out}/model.safetensors")["transformer.wte.weight"]
+        loaded = LoadedModel(folder, torch.device("cpu"), weights).module.state_dict()
+        assert torch.equal(exported, loaded["model.embedding.tokens.weight"])
 
     assert "needs 3 before this one" in refusal(weights="last-4")
     assert "trained, ema or last-K" in refusal(weights="last-0")

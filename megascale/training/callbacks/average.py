@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 
 from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.weights import EMA_KIND
 from megascale.engine.protocol import Engine
 from megascale.parallel.fragment import Fragment
 from megascale.training.callbacks.base import Callback
 from megascale.training.state import StepResult
 from megascale.training.trainer import Trainer
-
-EMA_KIND = "ema"
 
 
 class WeightAverageCallback(Callback):
