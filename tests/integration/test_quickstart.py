@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,10 +85,14 @@ def test_from_text_through_a_kill_to_a_sample(folder: Path) -> None:
         if line.endswith("}")
     ]
     saved = STEPS // 4
-    assert saved < lost[-1] < STEPS // 2, "killed in the first half, after a checkpoint"
-    assert (
-        f"resumed from {run / 'checkpoints' / f'step_{saved:08d}'} at step {saved}" in done.stdout
-    )
+    # on a loaded machine the kill may come a checkpoint later: nothing may depend on its moment
+    assert saved < lost[-1] < STEPS, "killed after a checkpoint and before the end"
+    resumed = re.search(r"resumed from (\S+) at step (\d+)", done.stdout)
+    assert resumed is not None, done.stdout
+    step = int(resumed[2])
+    assert step % saved == 0
+    assert saved <= step <= lost[-1]
+    assert resumed[1] == str(run / "checkpoints" / f"step_{step:08d}")
     assert f"{len(lost)} steps ran before the kill" in done.stdout
     assert "losses and gradient norms on file now: bit-identical" in done.stdout
 
