@@ -74,6 +74,17 @@ class ParallelMesh:
             dist.all_reduce(total, group=self.dp_group)
         return total
 
+    def close(self) -> None:
+        """Destroy the groups of the axes; the mesh is not used after that. Collective.
+
+        Each group of gloo has three threads that poll: a process that goes through many meshes
+        without closing them slows down until it does nothing else.
+        """
+        for axis in AXES:
+            group = self.device_mesh.get_group(axis)
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
 
 def build_mesh(
     device_type: str,

@@ -113,6 +113,7 @@ def record_run(config: Config, device: torch.device, steps: int, folder: Path) -
     (folder / f"rank_{mesh.rank:05d}.json").write_text(json.dumps(curve))
     parts.loader.close()
     recorder.close()
+    mesh.close()
 
 
 @dataclass
