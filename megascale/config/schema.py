@@ -345,6 +345,8 @@ class ParallelConfig(Section):
     activation_recomputation: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping: nothing, the attention scores, or whole
     layers."""
+    collective_timeout_s: Count = 600
+    """Longest wait of a rank for the others, in seconds; after it the run ends with an error."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,15 @@ class ParallelMesh:
             group = self.device_mesh.get_group(axis)
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Let no collective of any group of this process wait for other ranks longer than `timeout`.
+
+    New groups start with torch's default of 30 minutes, whatever the default group was given.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build_mesh(

@@ -187,6 +187,7 @@ ROWS = (
     ),
     Row("parallel.activation_recomputation", "full", ("recomputed",)),
     Row("parallel.activation_recomputation", "selective", ("recomputed",)),
+    Row("parallel.collective_timeout_s", 99, ("timeout",)),
     Row("parallel.pipeline_parallel_size", 2, refused=_NOT_BUILT),
     Row("parallel.virtual_pipeline_stages", 2, refused=_NOT_BUILT),
     Row("parallel.pipeline_schedule", "gpipe", refused=_NOT_BUILT),
@@ -258,6 +259,9 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
         "micro_batches": [tuple(batch["input_ids"].shape) for batch in batches],
         "samples": [[sorted((k, v.tolist()) for k, v in batch.items())] for batch in batches],
     }
+    group = run.trainer.parts.mesh.dp_group
+    backend = group._get_backend(torch.device("cpu"))
+    seen["timeout"] = backend.options._timeout
     zero = getattr(engine, "_zero", None)
     offloading = ("cpu_offload", "offload_optimizer", "offload_param")
     seen["offloaded"] = [bool(getattr(zero, name, False)) for name in offloading]
