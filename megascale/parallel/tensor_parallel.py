@@ -5,7 +5,8 @@ a tensor is split: this module applies it, checkpoints and the planner read the 
 from it.
 
 Styles:
-    column      nn.Linear cut along its outputs; `unit` outputs stay together (a head)
+    column      nn.Linear cut along its outputs; `unit` outputs stay together (a head). Those with
+                the same parent read the same input
     row         nn.Linear cut along its inputs, likewise
     vocab       nn.Embedding cut along its ids
     head        a module whose own parameters, (V, D) or (V,), are cut along V, and that is given
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch.distributed as dist
@@ -36,6 +37,7 @@ from megascale.parallel.collectives import copy_to_group, gather_sequence, leave
 from megascale.parallel.fragment import Box, whole_box
 from megascale.parallel.layers import (
     ColumnParallelLinear,
+    FanOut,
     ReplicatedParameters,
     RowParallelLinear,
     SequenceSlicedEmbedding,
@@ -93,12 +95,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share every matrix, as a module's cut needs them."""
+    """The ranks that share every matrix, as a module's cut needs them.
+
+    Attributes:
+        fans: parent module -> its column-parallel layers, which read the same input.
+    """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     sequence_parallel: bool
+    fans: dict[str, FanOut] = field(default_factory=dict)
 
 
 def interval(length: int, unit: int, rank: int, size: int, name: str) -> tuple[int, int]:
@@ -197,7 +204,8 @@ def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
 def _column(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Module:
     assert isinstance(child, nn.Linear), name
     rows = interval(child.out_features, rule.unit, tensor.rank, tensor.size, name)
-    return ColumnParallelLinear(child, rows, tensor.group, tensor.sequence_parallel)
+    fan = tensor.fans.setdefault(name.rpartition(".")[0], FanOut())
+    return ColumnParallelLinear(child, rows, tensor.group, tensor.sequence_parallel, fan)
 
 
 def _row(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Module:
