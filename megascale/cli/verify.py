@@ -147,7 +147,7 @@ def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -
     from megascale.verification.record import read_record
     from megascale.verification.report import Row
 
-    verdicts = {}
+    verdicts, costs = {}, {}
     for variant, changes in VARIANTS.items():
         checked = _load(config, [*overrides, *changes], chosen)
         tolerance = FP32 if checked.precision.dtype == "fp32" else BF16
@@ -158,7 +158,9 @@ def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -
             micro = train.global_batch_size // (train.micro_batch_size * chosen.dp)
             lr = checked.optimizer.lr
             verdicts[variant] = compare(found, expected, chosen, tolerance, micro, lr)
-    return Row(chosen, verdicts)
+            costs[variant] = found.sent, found.held
+    sent, held = costs["config"]
+    return Row(chosen, verdicts, sent=sent, held=held)
 
 
 def _print(rows: list[Row], as_json: bool, console: Console) -> None:
