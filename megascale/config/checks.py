@@ -213,12 +213,7 @@ _IGNORED = (
 # Not built yet --------------------------------------------------------------------------------
 
 
-_NOT_BUILT = (
-    _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
-    _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
-    _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
-    _not_built("parallel.context_parallel_size", (1,), "context parallelism is"),
-)
+_NOT_BUILT = (_not_built("parallel.context_parallel_size", (1,), "context parallelism is"),)
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 _LAYOUT = (
