@@ -32,6 +32,12 @@ def pipeline(schedule: str, pp: int, v: int, engine: str, stage: int) -> dict[st
     }
 
 
+SP: dict[str, Any] = {"parallel.tensor_parallel_size": 2, "parallel.sequence_parallel": True}
+FULL, SELECTIVE = (
+    {"parallel.activation_recomputation": mode} for mode in ("full", "selective")
+)
+UNEVEN: dict[str, Any] = {"parallel.layers_per_stage": [1, 4]}
+
 # world, schedule, pp, stages a rank, engine, ZeRO stage, models
 LAYOUTS: list[tuple[int, str, int, int, str, int, tuple[str, ...]]] = [
     (2, "gpipe", 2, 1, "torch", 0, ("gpt",)),
@@ -49,6 +55,19 @@ LAYOUTS: list[tuple[int, str, int, int, str, int, tuple[str, ...]]] = [
     (4, "1f1b", 2, 1, "torch", 3, ("gpt", "llama")),
     (4, "1f1b", 4, 1, "torch", 0, ("gpt",)),
     (4, "interleaved_zero_bubble", 2, 2, "deepspeed", 1, ("gpt",)),
+]
+
+
+# What is combined with a pipeline: world, pipeline, more settings, models
+COMBINATIONS: list[tuple[int, tuple, dict[str, Any], tuple[str, ...]]] = [
+    (4, ("1f1b", 2, 1, "torch", 0), SP, ("gpt", "llama")),
+    (4, ("zbv", 2, 2, "torch", 0), SP, ("gpt",)),
+    (4, ("1f1b", 2, 1, "deepspeed", 1), SP, ("gpt",)),
+    (4, ("interleaved", 2, 2, "torch", 1), SP | FULL, ("llama",)),
+    (2, ("1f1b", 2, 1, "torch", 1), FULL | UNEVEN, ("gpt",)),
+    (2, ("zbv", 2, 2, "torch", 0), SELECTIVE, ("gpt",)),
+    (2, ("interleaved_zero_bubble", 2, 1, "torch", 0), FULL, ("gpt",)),
+    (2, ("dualpipev", 2, 2, "deepspeed", 1), SELECTIVE, ("llama",)),
 ]
 
 
@@ -72,4 +91,16 @@ def test_same_training(
         found = merge(
             pools(world).run(record_rank, settings=settings, steps=STEPS, evaluate_every=2)
         )
+        assert_same(found, references[name])
+
+
+@pytest.mark.parametrize("case", COMBINATIONS, ids=lambda case: "-".join(map(str, case[1])))
+def test_combined(
+    pools: Pools, token_prefix: Path, references: dict[str, Record], case: tuple
+) -> None:
+    world, parallel, more, names = case
+    for name in names:
+        changes = {**MODELS[name], **pipeline(*parallel), **more}
+        settings = settings_of(token_prefix, changes)
+        found = merge(pools(world).run(record_rank, settings=settings, steps=STEPS))
         assert_same(found, references[name])
