@@ -164,6 +164,15 @@ _IGNORED = (
         lambda size: size != 1,
         "several ranks share a layer",
     ),
+    *(
+        _ignored(
+            f"parallel.{name}",
+            "parallel.pipeline_parallel_size",
+            lambda size: size != 1,
+            "several ranks share the layers",
+        )
+        for name in ("virtual_pipeline_stages", "pipeline_schedule", "layers_per_stage")
+    ),
     _ignored(
         "optimizer.momentum",
         "optimizer.name",

@@ -8,7 +8,7 @@ are called with the number of a micro-batch and look its tensors up, so only hid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,20 +18,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from megascale.engine.protocol import MicroBatch
 from megascale.models.chunk import Chunk
 from megascale.parallel.mesh import ParallelMesh
-from megascale.parallel.pipeline import SCHEDULES, PipelineLayout
-
-
-class Action(NamedTuple):
-    """One computation of a schedule.
-
-    Attributes:
-        kind: "F" forward, "B" whole backward, "I" its input half, "W" its weight half.
-        stage: global number of the stage. micro_batch: its number in the step.
-    """
-
-    kind: str
-    stage: int
-    micro_batch: int
+from megascale.parallel.pipeline import SCHEDULES, Action, PipelineLayout
 
 
 class Pipeline:

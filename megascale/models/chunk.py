@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:  # a config is checked, and a schedule drawn, without waiting for torch
+    from torch import nn
 
 
 @dataclass(frozen=True)

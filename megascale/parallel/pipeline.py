@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megascale.models.chunk import Chunk
 
@@ -69,6 +69,19 @@ SCHEDULES: dict[str, Schedule] = {
     "zbv": Schedule("ScheduleZBVZeroBubble", "v", (2, 2), True, False, 0, "arXiv:2401.10241"),
     "dualpipev": Schedule("ScheduleDualPipeV", "v", (2, 2), True, False, 2, "arXiv:2412.19437"),
 }
+
+
+class Action(NamedTuple):
+    """One computation of a schedule.
+
+    Attributes:
+        kind: "F" forward, "B" whole backward, "I" its input half, "W" its weight half.
+        stage: global number of the stage. micro_batch: its number in the step.
+    """
+
+    kind: str
+    stage: int
+    micro_batch: int
 
 
 @dataclass(frozen=True)
