@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from megascale import __version__
 from megascale.checkpoint.manager import CheckpointManager
@@ -126,7 +125,7 @@ def assemble(
         reader.close()
     enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))
     trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
-    say(_headline(config, engine.module, mesh, device))
+    say(_headline(config, task, mesh, device))
     return Run(config, trainer, engine, corpora, data)
 
 
@@ -404,11 +403,9 @@ def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], Non
     return say
 
 
-def _headline(config: Config, module: nn.Module, mesh: ParallelMesh, device: torch.device) -> str:
-    def numel(parameter: Any) -> int:
-        return getattr(parameter, "ds_numel", parameter.numel())
-
-    parameters = sum(numel(parameter) for parameter in module.parameters())
+def _headline(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> str:
+    with torch.device("meta"):  # a rank's own module may be a part of it
+        parameters = sum(parameter.numel() for parameter in task.build_module().parameters())
     return (
         f"megascale {__version__}: {config.model.family}, {parameters:,} parameters, "
         f"{mesh.world_size} process(es) on {device.type}, "
