@@ -61,7 +61,11 @@ _LLAMA3 = {
     "model.rope_original_length": 64,
 }
 _BERT = {"model.family": "bert", "data.path": "{bert_data}"}
-_PIPELINE = {"parallel.pipeline_parallel_size": 2, "model.num_layers": 3}
+_PIPELINE = {
+    "parallel.pipeline_parallel_size": 2,
+    "model.num_layers": 3,
+    "train.micro_batch_size": 1,
+}
 _NOT_BUILT = "not built yet"
 
 ROWS = (

@@ -32,6 +32,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt": {**GPT, **DEEP},
     "llama": {**LLAMA, **DEEP, "optimizer.grad_clip": 0.0},
     "sgd": {**SGD, **DEEP},
+    # norms of whole tensors, and a learning rate for each layer
+    "lamb": {**GPT, **DEEP, "optimizer.name": "lamb", "optimizer.layer_lr_decay": 0.8},
 }
 
 
@@ -78,6 +80,7 @@ COMBINATIONS: list[tuple[int, tuple, dict[str, Any], tuple[str, ...]]] = [
     (4, ("interleaved", 2, 2, "torch", 1), SP | FULL, ("llama",)),
     (2, ("1f1b", 2, 1, "torch", 1), FULL | UNEVEN, ("gpt",)),
     (2, ("zbv", 2, 2, "torch", 0), SELECTIVE, ("gpt",)),
+    (4, ("1f1b", 2, 1, "torch", 1), {}, ("lamb",)),
     (2, ("interleaved_zero_bubble", 2, 1, "torch", 0), FULL, ("gpt",)),
     (2, ("dualpipev", 2, 2, "deepspeed", 1), SELECTIVE, ("llama",)),
 ]
