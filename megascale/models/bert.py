@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, padding_mask
+from megascale.models.attention import Attention, Visibility
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
 from megascale.models.mlp import MLP
@@ -129,11 +129,11 @@ class PostNormLayer(TransformerLayer):
         self,
         hidden: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
+        visibility: Visibility,
         dropout_keys: Tensor | None,
     ) -> Tensor:
-        """As `TransformerLayer.forward`; a mask of None lets every query see every key."""
-        attended = self.attention(hidden, position_ids, attention_mask, dropout_keys)
+        """As `TransformerLayer.forward`."""
+        attended = self.attention(hidden, position_ids, visibility, dropout_keys)
         hidden = self.attention_norm(hidden + self.attention_dropout(attended, dropout_keys))
         transformed = self.mlp(hidden)
         return self.mlp_norm(hidden + self.mlp_dropout(transformed, dropout_keys))
@@ -154,7 +154,6 @@ def build_layer(config: BERTConfig, index: int) -> PostNormLayer:
         bias=True,
         dropout=config.attention_dropout,
         dropout_site=site + _PROBABILITIES,
-        causal=False,
     )
     return PostNormLayer(
         attention_norm=norm(),
@@ -192,9 +191,11 @@ class BERT(nn.Module):
             input_ids: (B, T) token ids; in a chunk without embedding the hidden states (B, T, D)
                 of the chunk before.
             token_type_ids: (B, T) segment of each token; zeros by default.
-            attention_mask: (B, T), 0 at padding and 1 elsewhere; None: no padding.
-            position_ids: (B, T); 0..T-1 by default.
-            document_ids: (B, T), equal within a document: attention stays inside it. None:
+            attention_mask: (B, T) of the whole sample, 0 at padding and 1 elsewhere; None: no
+                padding.
+            position_ids: (B or 1, T); 0..T-1 by default. To be given when ``input_ids`` is only a
+                slice of the sequence.
+            document_ids: (B, T) of the whole sample, equal within a document: attention stays inside it. None:
                 every token sees the whole sample.
             dropout_keys: (B,) int64 of ``dropout.sample_keys``; needed in training with dropout.
 
@@ -203,14 +204,12 @@ class BERT(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        if attention_mask is None and document_ids is not None:
-            attention_mask = torch.ones_like(document_ids)
-        mask = None if attention_mask is None else padding_mask(attention_mask, document_ids)
+        visibility = Visibility(causal=False, document_ids=document_ids, real=attention_mask)
         hidden = input_ids
         if self.embedding is not None:
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(input_ids)
             hidden = self.embedding(input_ids, position_ids, token_type_ids, dropout_keys)
         for layer in self.layers.values():
-            hidden = layer(hidden, position_ids, mask, dropout_keys)
+            hidden = layer(hidden, position_ids, visibility, dropout_keys)
         return hidden
