@@ -165,6 +165,12 @@ _IGNORED = (
         "several ranks share a layer",
     ),
     _ignored(
+        "parallel.context_parallel_method",
+        "parallel.context_parallel_size",
+        lambda size: size != 1,
+        "several ranks share a sample",
+    ),
+    _ignored(
         "optimizer.momentum",
         "optimizer.name",
         _among("sgd", "muon"),
@@ -217,7 +223,6 @@ _NOT_BUILT = (
     _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
     _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
     _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
-    _not_built("parallel.context_parallel_size", (1,), "context parallelism is"),
 )
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")

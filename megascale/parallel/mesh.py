@@ -21,6 +21,8 @@ class ParallelMesh:
     """
 
     device_mesh: DeviceMesh
+    data_mesh: DeviceMesh
+    """dp and cp as one axis: the ranks that hold the same weights and other tokens."""
 
     @property
     def dp_size(self) -> int:
@@ -36,6 +38,36 @@ class ParallelMesh:
     def dp_group(self) -> dist.ProcessGroup:
         """Process group of the data-parallel axis."""
         return self.device_mesh["dp"].get_group()
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks that share the tokens of a sample."""
+        return self.device_mesh["cp"].size()
+
+    @property
+    def cp_rank(self) -> int:
+        """This process's index along the context-parallel axis."""
+        return self.device_mesh["cp"].get_local_rank()
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Process group of the context-parallel axis."""
+        return self.device_mesh["cp"].get_group()
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks over which gradients are summed and ZeRO shards: dp x cp."""
+        return self.data_mesh.size()
+
+    @property
+    def data_rank(self) -> int:
+        """This process's index among them."""
+        return self.data_mesh.get_local_rank()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """Their process group."""
+        return self.data_mesh.get_group()
 
     @property
     def tp_size(self) -> int:
@@ -67,11 +99,11 @@ class ParallelMesh:
         """Whether this process writes what is written once (logs, manifests)."""
         return self.rank == 0
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a small tensor over the data-parallel axis (all-reduce); returns a new tensor."""
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a small tensor over all ranks with other tokens: dp x cp; returns a new tensor."""
         total = values.clone()
-        if self.dp_size > 1:
-            dist.all_reduce(total, group=self.dp_group)
+        if self.data_size > 1:
+            dist.all_reduce(total, group=self.data_group)
         return total
 
 
@@ -98,4 +130,6 @@ def build_mesh(
             remedy=f"start {model * max(1, world // model)} processes or change parallel.*",
         )
     shape = (pipeline_parallel_size, world // model, context_parallel_size, tensor_parallel_size)
-    return ParallelMesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    data = mesh["dp", "cp"]._flatten("data") if context_parallel_size > 1 else mesh["dp"]
+    return ParallelMesh(mesh, data)

@@ -199,6 +199,8 @@ def _factor(ratio: float, layout: Layout, micro: int) -> str:
     causes = [
         (layout.tp, f"x tp ({layout.tp}): a doubled reduction over the tensor-parallel group"),
         (1 / layout.tp, f"x 1/tp (1/{layout.tp}): a missing reduction over the group"),
+        (layout.cp, f"x cp ({layout.cp}): a doubled sum over the context-parallel ranks"),
+        (1 / layout.cp, f"x 1/cp (1/{layout.cp}): a missing sum over the context-parallel ranks"),
         (layout.dp, f"x dp ({layout.dp}): summed over replicas where the mean is meant"),
         (1 / layout.dp, f"x 1/dp (1/{layout.dp}): averaged twice, or a replica is missing"),
         (micro, f"x micro-batches ({micro}): the loss is not divided by their number"),

@@ -10,6 +10,7 @@ from megascale.config.problems import ConfigError
 from megascale.errors import UserError
 
 RECOMPUTE = ("none", "selective", "full")
+METHODS = ("auto", "ulysses", "ring")
 ENGINES = ("auto", "deepspeed", "torch")
 
 
@@ -18,30 +19,35 @@ class Layout:
     """How the work of one run is divided.
 
     Attributes:
-        dp, tp: data- and tensor-parallel size.
+        dp, tp, cp: data-, tensor- and context-parallel size.
         sp: sequence parallelism, 0 or 1.
         zero: ZeRO stage.
         engine: auto, deepspeed or torch.
         recompute: none, selective or full.
+        method: how a cut sequence is attended over: auto, ulysses or ring.
     """
 
     dp: int = 1
     tp: int = 1
     sp: int = 0
+    cp: int = 1
     zero: int = 0
     engine: str = "auto"
     recompute: str = "none"
+    method: str = "auto"
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.dp * self.tp
+        return self.dp * self.tp * self.cp
 
     def overrides(self) -> list[str]:
         """The settings of the config that make this layout."""
         return [
             f"parallel.tensor_parallel_size={self.tp}",
             f"parallel.sequence_parallel={'true' if self.sp else 'false'}",
+            f"parallel.context_parallel_size={self.cp}",
+            *([f"parallel.context_parallel_method={self.method}"] if self.cp > 1 else []),
             f"parallel.zero_stage={self.zero}",
             f"parallel.engine={self.engine}",
             f"parallel.activation_recomputation={self.recompute}",
@@ -50,8 +56,10 @@ class Layout:
     def __str__(self) -> str:
         shown = [f"dp={self.dp}", f"tp={self.tp}"]
         shown += ["sp=1"] if self.sp else []
+        shown += [f"cp={self.cp}"] if self.cp > 1 else []
         shown += [f"zero={self.zero}", f"engine={self.engine}"]
         shown += [f"recompute={self.recompute}"] if self.recompute != "none" else []
+        shown += [f"method={self.method}"] if self.method != "auto" else []
         return ",".join(shown)
 
 
@@ -79,7 +87,7 @@ def _parse(text: str) -> Layout:
                 rule=f"a layout is key=value pairs with the keys {', '.join(known)}",
                 remedy='for example "dp=4;tp=2,dp=2,zero=1"',
             )
-        choices = {"engine": ENGINES, "recompute": RECOMPUTE}.get(key)
+        choices = _CHOICES.get(key)
         if choices is not None and value in choices:
             values[key] = value
         elif choices is None and value.isdigit() and _in_range(key, int(value)):
@@ -94,7 +102,8 @@ def _parse(text: str) -> Layout:
     return Layout(**values)  # type: ignore[arg-type]
 
 
-_RANGES = {"dp": "at least 1", "tp": "at least 1", "sp": "0 or 1", "zero": "0 to 3"}
+_CHOICES = {"engine": ENGINES, "recompute": RECOMPUTE, "method": METHODS}
+_RANGES = {"dp": "at least 1", "tp": "at least 1", "cp": "at least 1", "sp": "0 or 1", "zero": "0 to 3"}
 
 
 def _in_range(key: str, value: int) -> bool:
@@ -109,10 +118,13 @@ def legal_layouts(nproc: int, check: Callable[[Layout], object]) -> Iterator[Lay
         check: raises ConfigError for a layout that is not legal (load_config with its overrides).
     """
     tensor_sizes = [n for n in range(1, nproc + 1) if nproc % n == 0]
-    for tp, sp, zero, engine, mode in itertools.product(
-        tensor_sizes, (0, 1), range(4), ENGINES[1:], RECOMPUTE
+    contexts = [(cp, method) for cp in tensor_sizes for method in METHODS if _names(cp, method)]
+    for tp, (cp, method), sp, zero, engine, mode in itertools.product(
+        tensor_sizes, contexts, (0, 1), range(4), ENGINES[1:], RECOMPUTE
     ):
-        layout = Layout(nproc // tp, tp, sp, zero, engine, mode)
+        if nproc % (tp * cp):
+            continue
+        layout = Layout(nproc // (tp * cp), tp, sp, cp, zero, engine, mode, method)
         if layout == SINGLE:
             continue
         try:
@@ -120,3 +132,8 @@ def legal_layouts(nproc: int, check: Callable[[Layout], object]) -> Iterator[Lay
         except ConfigError:
             continue
         yield layout
+
+
+def _names(cp: int, method: str) -> bool:
+    """Whether `auto` lists a method by name: each one where it matters, "auto" where not."""
+    return (method == "auto") == (cp == 1)

@@ -11,6 +11,7 @@ from torch import nn
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
+from megascale.parallel.context_parallel import ContextGroup
 from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
 
@@ -38,6 +39,10 @@ class Task(Protocol):
 
     def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
         """Cut the module over a tensor-parallel group; returns where each parameter lies."""
+        ...
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """Make the module work on a part of each sample's tokens; after `parallelize`."""
         ...
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:

@@ -23,6 +23,7 @@ from megascale.models.bert_heads import MaskedLMHead, SentenceHead
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import bert_flops_per_token
 from megascale.models.initialization import initialize
+from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
 from megascale.parallel.tensor_parallel import (
     Placement,
@@ -100,13 +101,16 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of tokens and of the sentence objective.
 
         Args:
-            input_ids, token_type_ids, attention_mask: (B, T).
+            input_ids, token_type_ids: (B, T), or a part of the sample.
+            attention_mask: (B, T) of the whole sample.
             sample_ids: (B,) global sample numbers; needed in training with dropout.
             chosen: (B, T) bool, the M positions whose tokens are wanted; None: all.
+            position_ids: (B or 1, T); to be given for a part of the sample.
 
         Returns:
             (M, V), or (B, T, V) without `chosen`; and (B, 2), or None without that objective.
@@ -114,7 +118,9 @@ class BERTModule(nn.Module):
         keys = None
         if self.training and self._has_dropout and sample_ids is not None:
             keys = sample_keys(self.seed, sample_ids)
-        hidden = self.model(input_ids, token_type_ids, attention_mask, dropout_keys=keys)
+        hidden = self.model(
+            input_ids, token_type_ids, attention_mask, position_ids, dropout_keys=keys
+        )
         sentence = None if self.sentence_head is None else self.sentence_head(hidden)
         assert self.model.embedding is not None
         wanted = hidden if chosen is None else hidden[chosen]
@@ -128,12 +134,13 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         sentence_labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """See `Task`: loss sums, targets and, in eval mode, correct predictions, each (K,)."""
         chosen = labels != IGNORE_LABEL
         # The head is computed for masked tokens only: V x D for 15 % of the positions.
         tokens, sentence = self.logits(
-            input_ids, token_type_ids, attention_mask, sample_ids, chosen
+            input_ids, token_type_ids, attention_mask, sample_ids, chosen, position_ids
         )
         targets = labels[chosen]
         losses = [self.loss(tokens, targets, training=self.training)]
@@ -173,6 +180,17 @@ def bert_plan(config: BERTConfig) -> Plan:
     }
 
 
+def bert_context_plan() -> ContextPlan:
+    """What a cut of the sequence means to a BERT; the rest looks at single tokens."""
+    layer = "model.layers.*"
+    return {
+        "model.embedding.dropout": "drop_sequence",
+        f"{layer}.attention.core": "attention",
+        f"{layer}.attention_dropout": "drop_sequence",
+        f"{layer}.mlp_dropout": "drop_sequence",
+    }
+
+
 class BERTTask:
     """Pretraining of a BERT; see `Task`."""
 
@@ -202,6 +220,10 @@ class BERTTask:
         module.loss = replace(module.loss, part=part)
         module.most_likely = partial(vocab_parallel_argmax, first_id=first_id, group=tensor.group)
         return parallelize(module, bert_plan(self._bert), tensor)
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """See `Task.parallelize_context`."""
+        parallelize_context(module, bert_context_plan(), context)
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
