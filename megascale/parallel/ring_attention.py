@@ -179,25 +179,23 @@ class _Sums:
     """The online softmax of all local queries: m, l and o of the module's docstring."""
 
     def __init__(self, query: Tensor) -> None:
-        fp32 = {"dtype": torch.float32, "device": query.device}
-        self.largest = torch.full(query.shape[:-1], -math.inf, **fp32)  # (B, H_kv, G, T_local)
-        self.total = torch.zeros(query.shape[:-1], **fp32)
-        self.out = torch.zeros(query.shape, **fp32)
+        self.out = torch.zeros_like(query, dtype=torch.float32)  # (B, H_kv, G, T_local, K)
+        self.total = self.out.new_zeros(query.shape[:-1])
+        self.largest = self.out.new_full(query.shape[:-1], -math.inf)
 
     def add(self, scores: Tensor, value: Tensor, rows: _Span, columns: _Span, ring: Ring) -> None:
         """Take in a tile's masked scores (B, H_kv, G, R, C) and its values (B, H_kv, C, K)."""
-        here = (..., rows.local)
-        before = self.largest[here]
+        before = self.largest[..., rows.local]
         largest = torch.maximum(before, scores.amax(-1))
         # a row that has seen no key yet: -inf - -inf would be NaN
         shift = largest.masked_fill(largest == -math.inf, 0.0)
         scale = torch.exp(before - shift)
         weights = torch.exp(scores - shift.unsqueeze(-1))
         dropped = _drop(weights, rows, columns, ring).to(value.dtype)
-        self.largest[here] = largest
-        self.total[here] = self.total[here] * scale + weights.sum(-1)
-        here = (..., rows.local, slice(None))
-        self.out[here] = self.out[here] * scale.unsqueeze(-1) + dropped @ value.unsqueeze(2)
+        before.copy_(largest)
+        self.total[..., rows.local].mul_(scale).add_(weights.sum(-1))
+        out = self.out[..., rows.local, :]
+        out.mul_(scale.unsqueeze(-1)).add_(dropped @ value.unsqueeze(2))
 
 
 class _RingAttention(torch.autograd.Function):

@@ -112,6 +112,7 @@ def _step_differences(
     """(what, tensor, size) of one step in the order in which an error would spread."""
     rows: list[tuple[str, str, float]] = [
         ("samples", "", float(found.samples[step] != expected.samples[step])),
+        ("replicas", "", float(not found.agree[step])),
         ("loss", "", _relative(found.losses[step], expected.losses[step])),
     ]
     names = list(reversed(expected.names))
@@ -164,7 +165,9 @@ def _cause(
         ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
         ratio = ours / theirs if theirs else float("nan")
         named = _factor(ratio, layout, micro)
-        return named or "no gradient differs before it: look at its own reduction", ""
+        return named or _unnamed(what, layout), ""
+    if what == "replicas" and not tensor:
+        return "ranks report different losses: a missing sum over data- or context-parallel ranks", ""
     kind = "master" if what == "weight" else "grad"
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""
@@ -181,6 +184,16 @@ def _cause(
     if 0 < len(wrong) < len(parts):
         return f"only the slice of rank(s) {', '.join(map(str, wrong))} differs: a bad cut", line
     return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
+
+
+def _unnamed(what: str, layout: Layout) -> str:
+    """Where to look when a loss or norm is off by no factor of the layout."""
+    if what == "loss" and layout.cp > 1:
+        return (
+            "no factor of the layout: the attention mask, the positions or the dropout masks at a "
+            f"seam of the sequence ({2 * layout.cp} chunks over cp={layout.cp} ranks)"
+        )
+    return "no gradient differs before it: look at its own reduction"
 
 
 def _wrong_ranks(

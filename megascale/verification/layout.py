@@ -103,7 +103,13 @@ def _parse(text: str) -> Layout:
 
 
 _CHOICES = {"engine": ENGINES, "recompute": RECOMPUTE, "method": METHODS}
-_RANGES = {"dp": "at least 1", "tp": "at least 1", "cp": "at least 1", "sp": "0 or 1", "zero": "0 to 3"}
+_RANGES = {
+    "dp": "at least 1",
+    "tp": "at least 1",
+    "cp": "at least 1",
+    "sp": "0 or 1",
+    "zero": "0 to 3",
+}
 
 
 def _in_range(key: str, value: int) -> bool:

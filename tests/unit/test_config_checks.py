@@ -340,6 +340,13 @@ CASES: dict[str, list[Case]] = {
             "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
         ),
     ],
+    "ignored:parallel.context_parallel_method": [
+        Case(
+            "parallel.context_parallel_method=ring",
+            "parallel.context_parallel_method",
+            "parallel.context_parallel_method=ring parallel.context_parallel_size=2",
+        ),
+    ],
     "ignored:checkpoint.keep_last": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
@@ -451,9 +458,6 @@ CASES: dict[str, list[Case]] = {
             f"the {name} pipeline schedule is not built yet",
         )
         for name in ("gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev")
-    ],
-    "not_built:parallel.context_parallel_size": [
-        Case("parallel.context_parallel_size=2", "parallel.context_parallel_size", ""),
     ],
 }
 
