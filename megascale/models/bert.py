@@ -195,8 +195,8 @@ class BERT(nn.Module):
                 padding.
             position_ids: (B or 1, T); 0..T-1 by default. To be given when ``input_ids`` is only a
                 slice of the sequence.
-            document_ids: (B, T) of the whole sample, equal within a document: attention stays inside it. None:
-                every token sees the whole sample.
+            document_ids: (B, T) of the whole sample, equal within a document: attention stays
+                inside it. None: every token sees the whole sample.
             dropout_keys: (B,) int64 of ``dropout.sample_keys``; needed in training with dropout.
 
         Returns:

@@ -128,7 +128,7 @@ def parallelize_context(module: nn.Module, plan: ContextPlan, context: ContextGr
         pattern, style = found
         used.add(pattern)
         if style == "drop_sequence":
-            child.set_chunks(0, context.chunks, 2 * context.size)  # type: ignore[operator]
+            child.set_chunks(0, context.chunks, 2 * context.size)
         else:
             core = UlyssesAttention if context.method == "ulysses" else RingAttention
             replace_module(module, name, core(child, context))

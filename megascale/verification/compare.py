@@ -167,7 +167,10 @@ def _cause(
         named = _factor(ratio, layout, micro)
         return named or _unnamed(what, layout), ""
     if what == "replicas" and not tensor:
-        return "ranks report different losses: a missing sum over data- or context-parallel ranks", ""
+        return (
+            "ranks report different losses: a missing sum over data- or context-parallel ranks",
+            "",
+        )
     kind = "master" if what == "weight" else "grad"
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""

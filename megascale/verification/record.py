@@ -192,7 +192,9 @@ def read_record(folder: Path, world_size: int) -> RunRecord:
         losses=curves[0]["losses"],
         norms=curves[0]["norms"],
         samples=_global_samples(curves),
-        agree=[len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)],
+        agree=[
+            len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)
+        ],
         ranks=ranks,
         files=files,
     )

@@ -85,11 +85,10 @@ LAYOUTS: dict[tuple, tuple[str, ...]] = {
     (2, "ulysses", 2, 1, False, "deepspeed", 3, "full"): ("llama",),
     (4, "ulysses", 4, 1, False, "torch", 0, "selective"): ("llama",),
     (4, "ring", 4, 1, False, "torch", 3, "full"): ("gemma",),
-    (4, "ulysses", 2, 2, True, "torch", 0, "none"): ("gpt", "gemma"),
+    (4, "ulysses", 2, 2, True, "torch", 0, "none"): ("gpt",),
     (4, "ring", 2, 2, True, "deepspeed", 2, "none"): ("gpt",),
     (4, "ring", 2, 2, False, "torch", 1, "none"): ("gemma",),
-    (4, "ring", 2, 1, False, "torch", 2, "none"): ("gpt",),
-    (4, "ulysses", 2, 1, False, "deepspeed", 2, "none"): ("gemma",),
+    (4, "ulysses", 2, 1, False, "torch", 2, "none"): ("gpt",),
     (4, "ring", 2, 1, False, "deepspeed", 3, "none"): ("llama",),
 }
 
@@ -176,8 +175,8 @@ BERT: dict[str, Any] = {
 def _bert(data: Path, **parallel: Any) -> dict[str, Any]:
     return {
         "model": BERT,
-        "data": {"path": str(data), "split": [0.8, 0.2], "sentence_objective": "nsp"},
-        "train": {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 20},
+        "data": {"path": str(data), "split": [0.95, 0.05], "sentence_objective": "nsp"},
+        "train": {"global_batch_size": 8, "micro_batch_size": 4, "max_steps": 20},
         "optimizer": {"lr": 1e-3, "eps": 1e-6, "grad_clip": 0.5},
         "parallel": parallel,
     }
@@ -189,7 +188,11 @@ def test_bert_with_padding_and_sentence_objective(
     """Both directions are seen, padding is not; [CLS] is on one rank of the sequence."""
     data = make_bert_dataset(tmp_path_factory.mktemp("bert"))
     single = pools(1).run(record_rank, settings=_bert(data, engine="torch"), steps=STEPS)
-    for world, tensor, method, stage in ((2, 1, "ring", 2), (2, 1, "ulysses", 0), (4, 2, "ring", 1)):
+    for world, tensor, method, stage in (
+        (2, 1, "ring", 2),
+        (2, 1, "ulysses", 0),
+        (4, 2, "ring", 1),
+    ):
         settings = _bert(
             data,
             context_parallel_size=2,
@@ -304,7 +307,7 @@ def alone(pools: Pools, token_prefix: Path, tmp_path_factory: pytest.TempPathFac
         ("", RING, "", ""),
         ("mask a token off", RING, "loss", "at a seam of the sequence"),
         ("chunks of the next rank", RING, "loss", "at a seam of the sequence"),
-        ("positions begin anew on each rank", ULYSSES, "loss", "the positions at a seam"),
+        ("positions begin anew on each rank", ULYSSES, "loss", "the positions or"),
         ("chunks joined in the order of ranks", ULYSSES, "loss", "at a seam of the sequence"),
         ("dropout of local places", ULYSSES, "loss", "at a seam of the sequence"),
         ("gradients not summed", RING, "replicas", "a missing synchronisation"),

@@ -78,7 +78,7 @@ def sees(case: Case, sample: int, query: int, key: int) -> bool:
     return (
         not (seen.causal and key > query)
         and not (seen.window is not None and query - key >= seen.window)
-        and (seen.document_ids is None or bool((DOCUMENTS[sample, query] == DOCUMENTS[sample, key])))
+        and (seen.document_ids is None or bool(DOCUMENTS[sample, query] == DOCUMENTS[sample, key]))
         and (seen.real is None or bool(REAL[sample, key]))
     )
 
@@ -131,7 +131,9 @@ def _attend(method: str, case: Case) -> list[Tensor]:
 def test_equals_attention_as_defined(pools: Pools, world: int, tile: int, method: str) -> None:
     ranks = pools(world).run(attend, method=method, names=list(CASES), tile=tile)
     for name, case in CASES.items():
-        found = [join_tokens(list(parts), dim=2) for parts in zip(*(r[name] for r in ranks), strict=True)]
+        found = [
+            join_tokens(list(parts), dim=2) for parts in zip(*(r[name] for r in ranks), strict=True)
+        ]
         limit = 1e-5 if case.dtype == torch.float32 else 3e-2
         for what, ours, theirs in zip("oqkv", found, expected(case), strict=True):
             # a query that sees one key has a gradient of zero: rounding counts against 1
