@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from megascale.parallel import context_parallel, ring_attention
 from megascale.parallel.context_parallel import own_tokens
 from megascale.parallel.mesh import ParallelMesh
 from megascale.training import step
+from megascale.training.callbacks import samples
 from megascale.verification.compare import FP32, compare
 from megascale.verification.layout import SINGLE, Layout
 from megascale.verification.record import read_record, record_run
@@ -241,6 +243,51 @@ def test_activations_fall_as_one_over_cp(pools: Pools, token_prefix: Path, model
         for method in ("ring", "ulysses"):
             for share in kept(world, method):
                 assert abs(share * world / whole - 1) < 0.1, (world, method, share, whole)
+
+
+def continued(settings: dict[str, Any], length: int) -> torch.Tensor:
+    """Runs on every rank: the logits after `length` tokens, as text samples ask for them."""
+    setup = set_up(settings)
+    mesh, seen = setup.mesh, {}
+
+    def ask(next_logits: Any, *args: Any, **kwargs: Any) -> list[int]:
+        seen["logits"] = next_logits(torch.arange(length)[None] % 90)
+        return [1]
+
+    tokenizer: Any = SimpleNamespace(
+        vocab_size=101, eod_id=0, encode=lambda text: [3], decode=lambda ids: ""
+    )
+    callback = samples.SampleCallback(
+        Path("unused"),
+        ("",),
+        tokenizer,
+        max_new_tokens=1,
+        context_length=24,
+        interval=0,
+        seed=0,
+        multiple=4 if mesh.cp_size > 1 else 1,
+    )
+    trainer: Any = SimpleNamespace(parts=setup.parts)
+    with mock.patch.object(samples, "generate", ask), setup.engine.evaluating():
+        callback._continue(trainer, 0, "")
+    setup.engine.close()
+    return seen["logits"]
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_text_samples_see_the_whole_prompt(pools: Pools, token_prefix: Path, method: str) -> None:
+    """A prompt is padded, cut, and its logits gathered: on all ranks those of one process."""
+    for length in (1, 7, 24):
+        layouts = [(1, _parallel("", 1, 1, False, "torch", 0, "none"))]
+        layouts.append((2, _parallel(method, 2, 1, False, "torch", 3, "none")))
+        (alone,), cut = (
+            pools(world).run(
+                continued, settings=settings_of(token_prefix, {**GPT, **changes}), length=length
+            )
+            for world, changes in layouts
+        )
+        for logits in cut:
+            assert relative(logits.numpy(), alone.numpy()) < 1e-5
 
 
 def _local_positions(micro_batch: Any, rank: int, size: int) -> dict[str, torch.Tensor]:
