@@ -1,8 +1,8 @@
 """Rules that join several settings, as a table of small functions.
 
 A check tells which settings it reads; it is left out when one of them is invalid. Nothing here
-changes a config. Three kinds: arithmetic that must come out even, settings that would be ignored
-beside others, and settings whose part of the program is not built yet.
+changes a config. Two kinds: arithmetic that must come out even, and settings that would be ignored
+beside others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megascale.config.rules import Check, divisors_near, neighbours
 from megascale.config.rules import among as _among
 from megascale.config.rules import either as _either
 from megascale.config.rules import ignored as _ignored
-from megascale.config.rules import not_built as _not_built
 from megascale.config.schema import Config, read_path
 
 # Arithmetic -----------------------------------------------------------------------------------
@@ -174,6 +173,12 @@ _IGNORED = (
         for name in ("virtual_pipeline_stages", "pipeline_schedule", "layers_per_stage")
     ),
     _ignored(
+        "parallel.context_parallel_method",
+        "parallel.context_parallel_size",
+        lambda size: size != 1,
+        "several ranks share a sample",
+    ),
+    _ignored(
         "optimizer.momentum",
         "optimizer.name",
         _among("sgd", "muon"),
@@ -217,12 +222,6 @@ _IGNORED = (
         "checkpoints are saved during the run",
     ),
 )
-
-
-# Not built yet --------------------------------------------------------------------------------
-
-
-_NOT_BUILT = (_not_built("parallel.context_parallel_size", (1,), "context parallelism is"),)
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 _LAYOUT = (
@@ -283,5 +282,4 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     ),
     *_IGNORED,
     *BERT_CHECKS,
-    *_NOT_BUILT,
 )

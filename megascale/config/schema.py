@@ -9,6 +9,7 @@ program is in that part.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -345,6 +346,9 @@ class ParallelConfig(Section):
     null: as even in FLOPs as whole layers can be."""
     context_parallel_size: Count = 1
     """Ranks that share the tokens of a sample."""
+    context_parallel_method: Literal["auto", "ulysses", "ring"] = "auto"
+    """How attention sees all tokens: ulysses exchanges them for heads, ring passes keys and values
+    round; auto: ulysses where every rank gets a head, else ring."""
     activation_recomputation: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping: nothing, the attention scores, or whole
     layers."""
@@ -353,6 +357,13 @@ class ParallelConfig(Section):
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model together."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Samples are cut into equal parts when their length is a multiple of this."""
+        inside = self.tensor_parallel_size if self.sequence_parallel else 1
+        chunks = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+        return lcm(chunks, self.context_parallel_size * inside)
 
 
 class EvaluationConfig(Section):
@@ -434,6 +445,15 @@ class Config(Section):
         if self.schedule.name == "wsd":
             return max(1, round(0.1 * self.train.max_steps))
         return self.train.max_steps
+
+    @property
+    def resolved_context_parallel_method(self) -> Literal["ulysses", "ring"]:
+        """How attention sees all tokens of a sample that is cut."""
+        parallel = self.parallel
+        if parallel.context_parallel_method != "auto":
+            return parallel.context_parallel_method
+        ranks = parallel.tensor_parallel_size * parallel.context_parallel_size
+        return "ring" if self.model.num_attention_heads % ranks else "ulysses"
 
     @property
     def derived(self) -> dict[str, object]:

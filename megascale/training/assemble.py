@@ -34,6 +34,7 @@ from megascale.optim.factory import (
 from megascale.optim.param_groups import parameter_groups
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.activation_checkpoint import recompute
+from megascale.parallel.context_parallel import ContextGroup
 from megascale.parallel.mesh import ParallelMesh, build_mesh
 from megascale.parallel.pipeline import PipelineLayout, balance, cut_chunks
 from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
@@ -183,12 +184,14 @@ def _step_parts(
 
 
 def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on meta -> cut over tp -> cut over pp -> recomputation -> initialise -> engine."""
+    """Model on meta -> cuts over tp, cp, pp -> recomputation -> initialise -> engine."""
     with torch.device("meta"):
         module = task.build_module()
     placements = whole_placements(module)
     if mesh.tp_size > 1:
         placements = task.parallelize(module, tensor_group(config, mesh))
+    if mesh.cp_size > 1:
+        task.parallelize_context(module, context_group(config, mesh))
     layout = pipeline_layout(config, task)
     if layout is not None:
         task.keep_chunks(module, [layout.chunks[stage] for stage in layout.stages_of(mesh.pp_rank)])
@@ -221,6 +224,18 @@ def pipeline_layout(config: Config, task: Task) -> PipelineLayout | None:
 def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
     """What a cut needs to know of the mesh."""
     return TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel)
+
+
+def context_group(config: Config, mesh: ParallelMesh) -> ContextGroup:
+    """What a cut of the sequence needs to know of the mesh."""
+    return ContextGroup(
+        group=mesh.cp_group,
+        rank=mesh.cp_rank,
+        size=mesh.cp_size,
+        method=config.resolved_context_parallel_method,
+        tensor_rank=mesh.tp_rank,
+        tensor_size=mesh.tp_size,
+    )
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:
@@ -354,7 +369,7 @@ def _samples(config: Config, corpora: Corpora) -> list[Callback]:
         context_length=config.model.seq_length,
         interval=evaluation.interval,
         seed=config.run.seed,
-        multiple=config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1,
+        multiple=config.parallel.sequence_multiple,
     )
     return [callback]
 

@@ -112,6 +112,7 @@ def _step_differences(
     """(what, tensor, size) of one step in the order in which an error would spread."""
     rows: list[tuple[str, str, float]] = [
         ("samples", "", float(found.samples[step] != expected.samples[step])),
+        ("replicas", "", float(not found.agree[step])),
         ("loss", "", _relative(found.losses[step], expected.losses[step])),
     ]
     names = list(reversed(expected.names))
@@ -164,7 +165,12 @@ def _cause(
         ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
         ratio = ours / theirs if theirs else float("nan")
         named = _factor(ratio, layout, micro)
-        return named or "no gradient differs before it: look at its own reduction", ""
+        return named or _unnamed(what, layout), ""
+    if what == "replicas" and not tensor:
+        return (
+            "ranks report different losses: a missing sum over data- or context-parallel ranks",
+            "",
+        )
     kind = "master" if what == "weight" else "grad"
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""
@@ -183,6 +189,16 @@ def _cause(
     return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
 
 
+def _unnamed(what: str, layout: Layout) -> str:
+    """Where to look when a loss or norm is off by no factor of the layout."""
+    if what == "loss" and layout.cp > 1:
+        return (
+            "no factor of the layout: the attention mask, the positions or the dropout masks at a "
+            f"seam of the sequence ({2 * layout.cp} chunks over cp={layout.cp} ranks)"
+        )
+    return "no gradient differs before it: look at its own reduction"
+
+
 def _wrong_ranks(
     found: RunRecord, step: int, kind: str, tensor: str, theirs: np.ndarray
 ) -> list[int]:
@@ -199,6 +215,8 @@ def _factor(ratio: float, layout: Layout, micro: int) -> str:
     causes = [
         (layout.tp, f"x tp ({layout.tp}): a doubled reduction over the tensor-parallel group"),
         (1 / layout.tp, f"x 1/tp (1/{layout.tp}): a missing reduction over the group"),
+        (layout.cp, f"x cp ({layout.cp}): a doubled sum over the context-parallel ranks"),
+        (1 / layout.cp, f"x 1/cp (1/{layout.cp}): a missing sum over the context-parallel ranks"),
         (layout.dp, f"x dp ({layout.dp}): summed over replicas where the mean is meant"),
         (1 / layout.dp, f"x 1/dp (1/{layout.dp}): averaged twice, or a replica is missing"),
         (micro, f"x micro-batches ({micro}): the loss is not divided by their number"),

@@ -122,12 +122,14 @@ class RunRecord:
     Attributes:
         losses, norms: by step.
         samples: by step, sample ids in global order.
+        agree: by step, whether all ranks reported the same loss.
         ranks: rank -> its parts by (step, kind, name).
     """
 
     losses: list[float]
     norms: list[float]
     samples: list[list[int]]
+    agree: list[bool]
     ranks: list[dict[tuple[int, str, str], Part]]
     files: list[TensorFile]
 
@@ -190,6 +192,9 @@ def read_record(folder: Path, world_size: int) -> RunRecord:
         losses=curves[0]["losses"],
         norms=curves[0]["norms"],
         samples=_global_samples(curves),
+        agree=[
+            len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)
+        ],
         ranks=ranks,
         files=files,
     )

@@ -50,6 +50,10 @@ def pipeline(schedule: str, pp: int, v: int, engine: str, stage: int) -> dict[st
 
 SP: dict[str, Any] = {"parallel.tensor_parallel_size": 2, "parallel.sequence_parallel": True}
 FULL, SELECTIVE = ({"parallel.activation_recomputation": mode} for mode in ("full", "selective"))
+RING, ULYSSES = (
+    {"parallel.context_parallel_size": 2, "parallel.context_parallel_method": method}
+    for method in ("ring", "ulysses")
+)
 UNEVEN: dict[str, Any] = {"parallel.layers_per_stage": [1, 4]}
 
 # world, schedule, pp, stages a rank, engine, ZeRO stage, models
@@ -81,6 +85,8 @@ COMBINATIONS: list[tuple[int, tuple, dict[str, Any], tuple[str, ...]]] = [
     (2, ("1f1b", 2, 1, "torch", 1), FULL | UNEVEN, ("gpt",)),
     (2, ("zbv", 2, 2, "torch", 0), SELECTIVE, ("gpt",)),
     (4, ("1f1b", 2, 1, "torch", 1), {}, ("lamb",)),
+    (4, ("1f1b", 2, 1, "deepspeed", 1), RING, ("gpt",)),
+    (4, ("zbv", 2, 2, "torch", 1), ULYSSES, ("llama",)),
     (2, ("interleaved_zero_bubble", 2, 1, "torch", 0), FULL, ("gpt",)),
     (2, ("dualpipev", 2, 2, "deepspeed", 1), SELECTIVE, ("llama",)),
 ]

@@ -28,6 +28,7 @@ from megascale.models.flops import (
     bert_layer_flops_per_token,
 )
 from megascale.models.initialization import initialize
+from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
@@ -106,18 +107,23 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of tokens and of the sentence objective.
 
         Args:
-            input_ids, token_type_ids, attention_mask: (B, T).
+            input_ids, token_type_ids: (B, T), or a part of the sample.
+            attention_mask: (B, T) of the whole sample.
             sample_ids: (B,) global sample numbers; needed in training with dropout.
             chosen: (B, T) bool, the M positions whose tokens are wanted; None: all.
+            position_ids: (B or 1, T); to be given for a part of the sample.
 
         Returns:
             (M, V), or (B, T, V) without `chosen`; and (B, 2), or None without that objective.
         """
-        hidden = self.hidden_states(input_ids, token_type_ids, attention_mask, sample_ids)
+        hidden = self.hidden_states(
+            input_ids, token_type_ids, attention_mask, sample_ids, position_ids
+        )
         return self._heads(hidden, chosen)
 
     def hidden_states(
@@ -126,6 +132,7 @@ class BERTModule(nn.Module):
         token_type_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         chunk: Chunk | None = None,
     ) -> torch.Tensor:
@@ -137,6 +144,7 @@ class BERTModule(nn.Module):
             input_ids,
             token_type_ids,
             attention_mask,
+            position_ids,
             dropout_keys=keys,
             hidden=hidden,
             chunk=chunk,
@@ -160,12 +168,13 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         sentence_labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         chunk: Chunk | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """See `Task`: loss sums, targets and, in eval mode, correct predictions, each (K,)."""
         states = self.hidden_states(
-            input_ids, token_type_ids, attention_mask, sample_ids, hidden, chunk
+            input_ids, token_type_ids, attention_mask, sample_ids, position_ids, hidden, chunk
         )
         if chunk is not None and not chunk.is_last:
             return states
@@ -207,6 +216,17 @@ def bert_plan(config: BERTConfig) -> Plan:
         f"{layer}.mlp.up": Rule("column"),
         f"{layer}.mlp.down": Rule("row"),
         "head.decoder": Rule("head"),
+    }
+
+
+def bert_context_plan() -> ContextPlan:
+    """What a cut of the sequence means to a BERT; the rest looks at single tokens."""
+    layer = "model.layers.*"
+    return {
+        "model.embedding.dropout": "drop_sequence",
+        f"{layer}.attention.core": "attention",
+        f"{layer}.attention_dropout": "drop_sequence",
+        f"{layer}.mlp_dropout": "drop_sequence",
     }
 
 
@@ -263,6 +283,10 @@ class BERTTask:
         module.loss = replace(module.loss, part=part)
         module.most_likely = partial(vocab_parallel_argmax, first_id=first_id, group=tensor.group)
         return parallelize(module, bert_plan(self._bert), tensor)
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """See `Task.parallelize_context`."""
+        parallelize_context(module, bert_context_plan(), context)
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
