@@ -17,6 +17,7 @@ from megascale.cli.config import ConfigFile, Overrides, all_checks
 from megascale.cli.process import distributed_process
 from megascale.config.load import load_config
 from megascale.config.schema import Config
+from megascale.launcher.failure import read_notes
 from megascale.launcher.local import launch_local
 from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
 
@@ -70,7 +71,8 @@ def ranks(
     """What each process of a layout runs; started by `verify layout`."""
     from megascale.verification.record import record_run
 
-    with distributed_process(device) as place:
+    timeout_s = _load(config, overrides or (), SINGLE).parallel.collective_timeout_s
+    with distributed_process(device, timeout_s) as place:
         for chosen in parse_layouts(layouts):
             for variant, changes in VARIANTS.items():
                 checked = _load(config, [*(overrides or ()), *changes], chosen)
@@ -127,8 +129,17 @@ def _run_all(
                 shutil.rmtree(folder / str(one), ignore_errors=True)
                 waiting.remove(one)
             if code and waiting:
-                rows.append(Row(waiting.pop(0), {}, f"its processes ended with code {code}"))
+                failure = _failure(folder / "logs", size)
+                failure = failure or f"its processes ended with code {code}"
+                rows.append(Row(waiting.pop(0), {}, failure))
     return rows
+
+
+def _failure(log_dir: Path, size: int) -> str:
+    """What the rank that failed first noted; "" for one that died without a word."""
+    notes = read_notes(log_dir, size)
+    first = min(notes.values(), key=lambda note: (note.lost_peer, note.time_s), default=None)
+    return "" if first is None else f"rank {first.rank}: {first.text}"
 
 
 def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -> Row:
@@ -136,7 +147,7 @@ def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -
     from megascale.verification.record import read_record
     from megascale.verification.report import Row
 
-    verdicts = {}
+    verdicts, costs = {}, {}
     for variant, changes in VARIANTS.items():
         checked = _load(config, [*overrides, *changes], chosen)
         tolerance = FP32 if checked.precision.dtype == "fp32" else BF16
@@ -147,7 +158,9 @@ def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -
             micro = train.global_batch_size // (train.micro_batch_size * chosen.dp)
             lr = checked.optimizer.lr
             verdicts[variant] = compare(found, expected, chosen, tolerance, micro, lr)
-    return Row(chosen, verdicts)
+            costs[variant] = found.sent, found.held
+    sent, held = costs["config"]
+    return Row(chosen, verdicts, sent=sent, held=held)
 
 
 def _print(rows: list[Row], as_json: bool, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -125,6 +126,26 @@ class ParallelMesh:
         if self.data_size > 1:
             dist.all_reduce(total, group=self.data_group)
         return total
+
+    def close(self) -> None:
+        """Destroy the groups of the axes; the mesh is not used after that. Collective.
+
+        Each group of gloo has three threads that poll: a process that goes through many meshes
+        without closing them slows down until it does nothing else.
+        """
+        meshes = [*(self.device_mesh[axis] for axis in AXES), self.data_mesh, self.model_mesh]
+        groups = {mesh.get_group() for mesh in meshes} - {dist.group.WORLD}
+        for group in sorted(groups, key=lambda group: group.group_name):  # alike on all ranks
+            dist.destroy_process_group(group)
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Let no collective of any group of this process wait for other ranks longer than `timeout`.
+
+    New groups start with torch's default of 30 minutes, whatever the default group was given.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build_mesh(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from megascale.optim.param_groups import parameter_groups
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.activation_checkpoint import recompute
 from megascale.parallel.context_parallel import ContextGroup
-from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.mesh import ParallelMesh, build_mesh, limit_waits
 from megascale.parallel.pipeline import PipelineLayout, balance, cut_chunks
 from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
 from megascale.training.callbacks.average import WeightAverageCallback
@@ -149,12 +150,14 @@ def assemble_step(
 
 def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
     """The mesh of the config's layout over all processes."""
-    return build_mesh(
+    mesh = build_mesh(
         device.type,
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         context_parallel_size=config.parallel.context_parallel_size,
     )
+    limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))
+    return mesh
 
 
 def _step_parts(
@@ -201,7 +204,9 @@ def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torc
     module = module.to_empty(device=device)
     task.initialize(module, placements)
     recipe = optimizer_recipe(config)
-    return build_engine(config, module, blocks, recipe, mesh, placements, layout)
+    engine = build_engine(config, module, blocks, recipe, mesh, placements, layout)
+    limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))  # the engine's own groups
+    return engine
 
 
 def pipeline_layout(config: Config, task: Task) -> PipelineLayout | None:

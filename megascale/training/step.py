@@ -12,7 +12,7 @@ import torch
 from megascale.data.loader import BatchLoader
 from megascale.data.protocol import IGNORE_LABEL, label_names
 from megascale.engine.protocol import Engine
-from megascale.errors import UserError
+from megascale.errors import PeerError, UserError
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.context_parallel import own_tokens
 from megascale.parallel.mesh import ParallelMesh
@@ -51,7 +51,7 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
     loss_sums = parts.engine.forward_backward(micro_batches, targets)
     loss = (parts.mesh.sum_over_data(loss_sums.double()) / targets).sum().item()
     if not math.isfinite(loss):
-        raise _diverged(state.step + 1, loss)
+        raise _diverged(state.step + 1, loss, own=not loss_sums.isfinite().all())
     lr = parts.schedule.lr_at(state.step)
     outcome = parts.engine.step(lr)
 
@@ -93,9 +93,10 @@ def _count_targets(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch
     return torch.stack(counts).sum(dim=0).double()
 
 
-def _diverged(step: int, loss: float) -> UserError:
-    return UserError(
-        f"the loss of step {step} is {loss}",
+def _diverged(step: int, loss: float, own: bool) -> UserError:
+    kind, whose = (UserError, "this rank's") if own else (PeerError, "another rank's")
+    return kind(
+        f"the loss of step {step} is {loss}, from {whose} samples",
         rule="the loss must be finite; the weights were not changed by this step",
         remedy="resume from the last checkpoint with a lower optimizer.lr or a longer "
         "schedule.warmup_steps, or use precision.dtype=fp32",

@@ -22,17 +22,20 @@ class Tolerance:
         loss, norm: of each step.
         gradient: root mean square of the difference over that of the gradient, each tensor.
         weight: absolute, in units of the learning rate times 1000 (1e-5 at lr 1e-3).
+        tensor_steps: gradients and weights count in so many first steps only; None: in all.
     """
 
     loss: float
     norm: float
     gradient: float
     weight: float
+    tensor_steps: int | None = None
 
 
 FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-5)
-# One bf16 rounding is 2^-9; see docs/numerics.md
-BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3)
+# One bf16 rounding is 2^-9. Single tensors drift apart from step to step (after 200 steps they are
+# different points near the same curve), losses and norms do not: docs/numerics.md
+BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3, tensor_steps=3)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def compare(
     worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
     first: Difference | None = None
     for step in range(len(expected.losses)):
-        checks = _step_differences(found, expected, step, lr)
+        whole = tolerance.tensor_steps is None or step < tolerance.tensor_steps
+        with_tensors = whole and expected.has_tensors(step)
+        checks = _step_differences(found, expected, step, lr, with_tensors)
         for what, tensor, size in checks:
             key = {"gradient norm": "norm"}.get(what, what)
             limit = getattr(tolerance, key) if key in worst else 0.0
@@ -107,7 +112,7 @@ def _larger(a: float, b: float) -> float:
 
 
 def _step_differences(
-    found: RunRecord, expected: RunRecord, step: int, lr: float
+    found: RunRecord, expected: RunRecord, step: int, lr: float, with_tensors: bool
 ) -> list[tuple[str, str, float]]:
     """(what, tensor, size) of one step in the order in which an error would spread."""
     rows: list[tuple[str, str, float]] = [
@@ -115,7 +120,7 @@ def _step_differences(
         ("replicas", "", float(not found.agree[step])),
         ("loss", "", _relative(found.losses[step], expected.losses[step])),
     ]
-    names = list(reversed(expected.names))
+    names = list(reversed(expected.names)) if with_tensors else []
     norm = expected.norms[step]
     for name in names:
         rows.append(("replicas", name, _drift(found, step, "grad", name)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from megascale.parallel.fragment import Box, Fragment, global_runs
 from megascale.training.assemble import assemble_step
 from megascale.training.state import TrainState
 from megascale.training.step import train_step
+from megascale.verification.collectives import CollectiveCounter
+from megascale.verification.storages import live_bytes
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,19 @@ class Part:
         return f"{self.step}/{self.kind}/{self.name}"
 
 
-class RecordingEngine:
-    """An engine that keeps copies of gradients before, and of masters after, each step."""
+TENSOR_STEPS = 20
+"""Gradients and weights are kept of so many steps and of the last one; losses and norms of all."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+
+class RecordingEngine:
+    """An engine that keeps copies of gradients before, and of masters after, each step.
+
+    Args:
+        steps: of the whole run.
+    """
+
+    def __init__(self, engine: Engine, steps: int) -> None:
+        self._engine, self._steps = engine, steps
         self._step = 0
         self.parts: list[Part] = []
         self.tensors: dict[str, torch.Tensor] = {}
@@ -60,9 +72,12 @@ class RecordingEngine:
 
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`."""
-        self._keep("grad")
+        kept = self._step < TENSOR_STEPS or self._step == self._steps - 1
+        if kept:
+            self._keep("grad")
         outcome = self._engine.step(lr)
-        self._keep("master")
+        if kept:
+            self._keep("master")
         self._step += 1
         return outcome
 
@@ -88,15 +103,18 @@ def _describe(step: int, fragment: Fragment, engine: Engine) -> Part:
 
 def record_run(config: Config, device: torch.device, steps: int, folder: Path) -> None:
     """Train `steps` steps and write this rank's record below `folder`. Collective."""
-    parts = assemble_step(config, device, wrap=RecordingEngine)
+    parts = assemble_step(config, device, wrap=partial(RecordingEngine, steps=steps))
     recorder = parts.engine
     assert isinstance(recorder, RecordingEngine)
     state = TrainState()
     losses, norms, samples = [], [], []
-    for _ in range(steps):
+    counter = CollectiveCounter(parts.mesh)
+    for step in range(steps):
         batches = parts.loader.load(state.samples_seen)
         samples.append([i for batch in batches for i in batch["sample_ids"].tolist()])
-        result = train_step(parts, state)
+        # the last step stands for all: the first ones build states and buffers
+        with counter if step == steps - 1 else nullcontext():
+            result = train_step(parts, state)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     mesh = parts.mesh
@@ -108,11 +126,14 @@ def record_run(config: Config, device: torch.device, steps: int, folder: Path) -
         "norms": norms,
         "samples": samples,
         "dp_rank": mesh.dp_rank,
+        "sent": {" ".join(key): size for key, size in sorted(counter.bytes.items())},
+        "held": asdict(live_bytes(recorder)),
         "parts": [asdict(part) for part in recorder.parts],
     }
     (folder / f"rank_{mesh.rank:05d}.json").write_text(json.dumps(curve))
     parts.loader.close()
     recorder.close()
+    mesh.close()
 
 
 @dataclass
@@ -124,6 +145,8 @@ class RunRecord:
         samples: by step, sample ids in global order.
         agree: by step, whether all ranks reported the same loss.
         ranks: rank -> its parts by (step, kind, name).
+        sent: bytes of the collectives of the last step on rank 0, by axis and kind.
+        held: bytes that live on rank 0 after it: weights, masters, states.
     """
 
     losses: list[float]
@@ -131,12 +154,18 @@ class RunRecord:
     samples: list[list[int]]
     agree: list[bool]
     ranks: list[dict[tuple[int, str, str], Part]]
+    sent: dict[str, int]
+    held: dict[str, int]
     files: list[TensorFile]
 
     @property
     def names(self) -> list[str]:
         """Parameter names in the order of the module."""
         return list(dict.fromkeys(part.name for rank in self.ranks for part in rank.values()))
+
+    def has_tensors(self, step: int) -> bool:
+        """Whether gradients and weights of a step were kept."""
+        return step < TENSOR_STEPS or step == len(self.losses) - 1
 
     def copies(self, step: int, kind: str, name: str) -> Iterator[tuple[int, Part, np.ndarray]]:
         """(rank, part, values) of every rank that held some of a tensor."""
@@ -196,6 +225,8 @@ def read_record(folder: Path, world_size: int) -> RunRecord:
             len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)
         ],
         ranks=ranks,
+        sent=curves[0]["sent"],
+        held=curves[0]["held"],
         files=files,
     )
 

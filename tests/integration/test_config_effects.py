@@ -189,6 +189,7 @@ ROWS = (
     ),
     Row("parallel.activation_recomputation", "full", ("recomputed",)),
     Row("parallel.activation_recomputation", "selective", ("recomputed",)),
+    Row("parallel.collective_timeout_s", 99, ("timeout",)),
     Row("parallel.pipeline_parallel_size", 2, ("local_shapes", "actions"), world=2),
     Row(
         "parallel.virtual_pipeline_stages",
@@ -278,6 +279,9 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
         "micro_batches": [tuple(batch["input_ids"].shape) for batch in batches],
         "samples": [[sorted((k, v.tolist()) for k, v in batch.items())] for batch in batches],
     }
+    group = run.trainer.parts.mesh.dp_group
+    backend = group._get_backend(torch.device("cpu"))
+    seen["timeout"] = backend.options._timeout
     zero = getattr(engine, "_zero", None)
     offloading = ("cpu_offload", "offload_optimizer", "offload_param")
     seen["offloaded"] = [bool(getattr(zero, name, False)) for name in offloading]

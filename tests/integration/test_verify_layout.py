@@ -175,6 +175,9 @@ def test_auto_takes_every_legal_layout(token_prefix: Path) -> None:
     assert not any(one.engine == "deepspeed" and one.zero == 0 for one in found)
 
 
+_SENT = ("all_gather", "all_reduce", "reduce_scatter", "scalar")
+
+
 def test_the_command(token_prefix: Path, tmp_path: Path) -> None:
     settings = settings_of(token_prefix, {**MODEL, "train.global_batch_size": 4})
     config = write_config(tmp_path / "config.yaml", settings)
@@ -184,3 +187,5 @@ def test_the_command(token_prefix: Path, tmp_path: Path) -> None:
     assert row["agrees"]
     assert set(row["variants"]) == {"config", "sgd"}
     assert row["variants"]["sgd"]["gradient"] < 1e-5
+    assert set(row["sent_bytes"]) == {f"tp {kind}" for kind in _SENT}
+    assert row["held_bytes"]["weights"] == row["held_bytes"]["states"]  # momentum

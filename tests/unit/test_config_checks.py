@@ -431,14 +431,6 @@ CASES: dict[str, list[Case]] = {
             ("data.isolate_documents", "true", ""),
         )
     },
-    "only_gpt:parallel.sequence_parallel": [
-        Case(
-            "model.family=bert parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
-            "parallel.sequence_parallel",
-            "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
-            "gpt only",
-        ),
-    ],
     "bert_has_no_gate": [
         Case(
             "model.family=bert model.activation=swiglu",

@@ -90,6 +90,7 @@ class BERTModule(nn.Module):
         super().__init__()
         self.seed = seed
         self.model = BERT(config)
+        self.encoded = nn.Identity()  # what the heads see; a plan may gather it here
         self.head: MaskedLMHead | None = MaskedLMHead(config)
         self.sentence_head: SentenceHead | None = None
         self.objectives: tuple[str, ...] = ("masked_lm",)
@@ -154,6 +155,7 @@ class BERTModule(nn.Module):
         self, hidden: torch.Tensor, chosen: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `logits` returns, from the hidden states (B, T, D)."""
+        hidden = self.encoded(hidden)
         sentence = None if self.sentence_head is None else self.sentence_head(hidden)
         assert self.model.embedding is not None
         assert self.head is not None
@@ -203,19 +205,32 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def bert_plan(config: BERTConfig) -> Plan:
-    """How a BERT is cut (arXiv:1909.08053); what is not named stays whole."""
+    """How a BERT is cut (arXiv:1909.08053, arXiv:2205.05198); what is not named stays whole.
+
+    The heads see single positions, [CLS] and the masked ones, not parts of T: behind `encoded`
+    every rank computes the same, up to the decoder's part of the vocabulary.
+    """
     layer = "model.layers.*"
     head = Rule("column", unit=config.head_dim)
     return {
         "model.embedding.tokens": Rule("vocab"),
+        "model.embedding.positions": Rule("positions"),
+        "model.embedding.token_types": Rule("positions"),
+        "model.embedding.norm": Rule("sequence"),
+        "model.embedding.dropout": Rule("drop_sequence"),
         f"{layer}.attention.query": head,
         f"{layer}.attention.key": head,
         f"{layer}.attention.value": head,
         f"{layer}.attention.core.dropout": Rule("drop_heads"),
         f"{layer}.attention.output": Rule("row", unit=config.head_dim),
+        f"{layer}.attention_dropout": Rule("drop_sequence"),
+        f"{layer}.attention_norm": Rule("sequence"),
         f"{layer}.mlp.up": Rule("column"),
         f"{layer}.mlp.down": Rule("row"),
-        "head.decoder": Rule("head"),
+        f"{layer}.mlp_dropout": Rule("drop_sequence"),
+        f"{layer}.mlp_norm": Rule("sequence"),
+        "encoded": Rule("leave"),
+        "head.decoder": Rule("decoder"),
     }
 
 
