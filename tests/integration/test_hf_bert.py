@@ -276,3 +276,33 @@ def test_a_decoder_has_no_sentence_objective(tmp_path: Path) -> None:
     folder = save_model(tiny_model("gpt2"), tmp_path / "theirs", None)
     done = call("convert", "from-hf", folder, tmp_path / "ours", "--sentence-objective", "nsp")
     assert "only a bert has a sentence objective" in done.refusal()
+
+
+def test_resume_does_not_take_imported_weights_for_a_run(prepared: Path, tmp_path: Path) -> None:
+    """--resume onto the import's folder is refused; on a run that began with it, it goes on."""
+    folder = save_model(tiny_bert(BertForMaskedLM), tmp_path / "theirs", prepared / "tokenizer")
+    assert call("convert", "from-hf", folder, tmp_path / "ours").code == 0
+    config = tmp_path / "ours" / "config.yaml"
+    options = [f"data.path={prepared / 'data'}", "train.max_steps=2", "optimizer.lr=1e-2"]
+    options += ["train.global_batch_size=4", "logging.tensorboard=false"]
+
+    onto = f"run.output_dir={tmp_path / 'ours'}"
+    before = config.read_text()
+    said = call("train", config, *options, onto, "--resume").refusal()
+    assert "step_00000000 holds weights only" in said
+    assert "checkpoint.init_from" in said
+    assert "already holds checkpoints" in call("train", config, *options, onto).refusal()
+    assert config.read_text() == before
+
+    done = call("train", config, *options, "--resume")  # nothing to resume: the import's weights
+    assert done.code == 0, done.output
+    assert "initial weights from" in done.stdout
+    first = metrics(tmp_path / "ours" / "run")
+    (tmp_path / "ours" / "checkpoints").rename(tmp_path / "moved")
+    done = call("train", config, *options, "train.max_steps=3", "--resume")
+    assert done.code == 0, done.output
+    assert "at step 2" in done.stdout
+    assert "initial weights from" not in done.stdout
+    lines = metrics(tmp_path / "ours" / "run")
+    assert lines[:2] == first
+    assert len(lines) == 3
