@@ -148,7 +148,6 @@ def references(pools: Pools, token_prefix: Path) -> Callable[[tuple[int, ...]], 
     ("world", "engine", "stage", "tensor"),
     [
         (1, "torch", 0, 1),
-        (1, "torch", 3, 1),
         (2, "torch", 0, 1),
         (2, "torch", 3, 1),
         (2, "torch", 0, 2),
