@@ -164,6 +164,15 @@ _IGNORED = (
         lambda size: size != 1,
         "several ranks share a layer",
     ),
+    *(
+        _ignored(
+            f"parallel.{name}",
+            "parallel.pipeline_parallel_size",
+            lambda size: size != 1,
+            "several ranks share the layers",
+        )
+        for name in ("virtual_pipeline_stages", "pipeline_schedule", "layers_per_stage")
+    ),
     _ignored(
         "optimizer.momentum",
         "optimizer.name",
@@ -207,12 +216,7 @@ _IGNORED = (
 # Not built yet --------------------------------------------------------------------------------
 
 
-_NOT_BUILT = (
-    _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
-    _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
-    _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
-    _not_built("parallel.context_parallel_size", (1,), "context parallelism is"),
-)
+_NOT_BUILT = (_not_built("parallel.context_parallel_size", (1,), "context parallelism is"),)
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 _LAYOUT = (

@@ -340,6 +340,9 @@ class ParallelConfig(Section):
         "1f1b", "gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"
     ] = "1f1b"
     """Order of the forward and backward passes of a pipeline."""
+    layers_per_stage: list[Count] | None = None
+    """Layers of each of the pipeline_parallel_size x virtual_pipeline_stages stages, first to last;
+    null: as even in FLOPs as whole layers can be."""
     context_parallel_size: Count = 1
     """Ranks that share the tokens of a sample."""
     activation_recomputation: Literal["none", "selective", "full"] = "none"

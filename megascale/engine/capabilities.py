@@ -13,6 +13,8 @@ from typing import Literal
 from megascale.config.checks import Check
 from megascale.config.problems import ConfigError, Problem
 from megascale.config.schema import Config, read_path
+from megascale.engine.pipeline_checks import CHECKS as PIPELINE_CHECKS
+from megascale.parallel.pipeline import SCHEDULES
 
 EngineName = Literal["deepspeed", "torch"]
 
@@ -34,6 +36,10 @@ class Refusal:
     applies: Callable[[Config], bool]
     reason: str
     device: str | None = None
+
+
+def _is_pipelined(config: Config) -> bool:
+    return config.parallel.pipeline_parallel_size > 1
 
 
 _PER_TENSOR = ("adafactor", "lamb", "muon")
@@ -70,6 +76,38 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.offload_parameters",
         lambda config: config.parallel.offload_parameters and config.parallel.zero_stage < 3,
         "only ZeRO stage 3 divides the parameters, so only it can keep them in host memory",
+    ),
+    Refusal(
+        "deepspeed",
+        "parallel.zero_stage",
+        lambda config: _is_pipelined(config) and config.parallel.zero_stage > 1,
+        "DeepSpeed's stages 2 and 3 fail under a pipeline (KeyError in the reduction of gradients, "
+        "0.19.8); with a pipeline it does stage 1",
+    ),
+    Refusal(
+        "deepspeed",
+        "optimizer.layer_lr_decay",
+        lambda config: _is_pipelined(config) and config.optimizer.layer_lr_decay != 1.0,
+        "DeepSpeed sums the gradient norm once a parameter group and would wait for ever where "
+        "pipeline stages have different groups, as with a learning rate for each layer",
+    ),
+    Refusal(
+        "deepspeed",
+        "parallel.offload_optimizer",
+        lambda config: _is_pipelined(config) and config.parallel.offload_optimizer,
+        "offloading under a pipeline has not been shown to be right",
+    ),
+    Refusal(
+        "torch",
+        "parallel.pipeline_schedule",
+        lambda config: (
+            _is_pipelined(config)
+            and config.parallel.zero_stage > 1
+            and SCHEDULES[config.parallel.pipeline_schedule].splits_backward
+        ),
+        "zero-bubble schedules compute the gradients of weights outside of the hooks from which "
+        "FSDP2 reduces at ZeRO stages 2 and 3; use parallel.zero_stage=1, or "
+        "parallel.pipeline_schedule=1f1b or interleaved",
     ),
     Refusal(
         "torch",
@@ -207,9 +245,13 @@ CHECKS: tuple[Check, ...] = (
             "parallel.engine",
             "parallel.zero_stage",
             "parallel.tensor_parallel_size",
+            "parallel.pipeline_parallel_size",
+            "parallel.pipeline_schedule",
             "parallel.offload_optimizer",
             "parallel.offload_parameters",
+            "optimizer.layer_lr_decay",
         ),
         run=_engine_allowed,
     ),
+    *PIPELINE_CHECKS,
 )

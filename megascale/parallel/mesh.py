@@ -18,9 +18,14 @@ class ParallelMesh:
     """Ranks arranged as (pp, dp, cp, tp), tp innermost so that it stays inside a node.
 
     Built once by `build_mesh` and passed by argument; nothing looks it up globally.
+
+    Attributes:
+        device_mesh: the four axes.
+        pp_tp_mesh: pp and tp as one axis, with a pipeline.
     """
 
     device_mesh: DeviceMesh
+    pp_tp_mesh: DeviceMesh | None = None
 
     @property
     def dp_size(self) -> int:
@@ -51,6 +56,26 @@ class ParallelMesh:
     def tp_group(self) -> dist.ProcessGroup:
         """Process group of the tensor-parallel axis."""
         return self.device_mesh["tp"].get_group()
+
+    @property
+    def pp_size(self) -> int:
+        """Number of ranks that share the layers."""
+        return self.device_mesh["pp"].size()
+
+    @property
+    def pp_rank(self) -> int:
+        """This process's index along the pipeline axis."""
+        return self.device_mesh["pp"].get_local_rank()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """Process group of the pipeline axis."""
+        return self.device_mesh["pp"].get_group()
+
+    @property
+    def model_mesh(self) -> DeviceMesh:
+        """The ranks that hold one copy of the model: pp x tp as one axis."""
+        return self.device_mesh["tp"] if self.pp_tp_mesh is None else self.pp_tp_mesh
 
     @property
     def rank(self) -> int:
@@ -98,4 +123,6 @@ def build_mesh(
             remedy=f"start {model * max(1, world // model)} processes or change parallel.*",
         )
     shape = (pipeline_parallel_size, world // model, context_parallel_size, tensor_parallel_size)
-    return ParallelMesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    both = device_mesh["pp", "tp"]._flatten("pp_tp") if pipeline_parallel_size > 1 else None
+    return ParallelMesh(device_mesh, both)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from megascale.config.problems import ConfigError
 from megascale.errors import UserError
 
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev")
 RECOMPUTE = ("none", "selective", "full")
 ENGINES = ("auto", "deepspeed", "torch")
 
@@ -20,6 +21,7 @@ class Layout:
     Attributes:
         dp, tp: data- and tensor-parallel size.
         sp: sequence parallelism, 0 or 1.
+        pp, vpp, schedule: pipeline-parallel size, stages a rank, and order of the passes.
         zero: ZeRO stage.
         engine: auto, deepspeed or torch.
         recompute: none, selective or full.
@@ -28,6 +30,9 @@ class Layout:
     dp: int = 1
     tp: int = 1
     sp: int = 0
+    pp: int = 1
+    vpp: int = 1
+    schedule: str = "1f1b"
     zero: int = 0
     engine: str = "auto"
     recompute: str = "none"
@@ -35,13 +40,17 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     def overrides(self) -> list[str]:
         """The settings of the config that make this layout."""
         return [
             f"parallel.tensor_parallel_size={self.tp}",
             f"parallel.sequence_parallel={'true' if self.sp else 'false'}",
+            f"parallel.pipeline_parallel_size={self.pp}",
+            f"parallel.virtual_pipeline_stages={self.vpp}",
+            f"parallel.pipeline_schedule={self.schedule}",
+            *(["parallel.layers_per_stage=null"] if self.pp == 1 else []),
             f"parallel.zero_stage={self.zero}",
             f"parallel.engine={self.engine}",
             f"parallel.activation_recomputation={self.recompute}",
@@ -50,6 +59,8 @@ class Layout:
     def __str__(self) -> str:
         shown = [f"dp={self.dp}", f"tp={self.tp}"]
         shown += ["sp=1"] if self.sp else []
+        shown += [f"pp={self.pp}", f"schedule={self.schedule}"] if self.pp > 1 else []
+        shown += [f"vpp={self.vpp}"] if self.vpp > 1 else []
         shown += [f"zero={self.zero}", f"engine={self.engine}"]
         shown += [f"recompute={self.recompute}"] if self.recompute != "none" else []
         return ",".join(shown)
@@ -79,7 +90,7 @@ def _parse(text: str) -> Layout:
                 rule=f"a layout is key=value pairs with the keys {', '.join(known)}",
                 remedy='for example "dp=4;tp=2,dp=2,zero=1"',
             )
-        choices = {"engine": ENGINES, "recompute": RECOMPUTE}.get(key)
+        choices = _CHOICES.get(key)
         if choices is not None and value in choices:
             values[key] = value
         elif choices is None and value.isdigit() and _in_range(key, int(value)):
@@ -94,7 +105,12 @@ def _parse(text: str) -> Layout:
     return Layout(**values)  # type: ignore[arg-type]
 
 
-_RANGES = {"dp": "at least 1", "tp": "at least 1", "sp": "0 or 1", "zero": "0 to 3"}
+_CHOICES = {"engine": ENGINES, "recompute": RECOMPUTE, "schedule": SCHEDULES}
+_RANGES = {
+    **dict.fromkeys(("dp", "tp", "pp", "vpp"), "at least 1"),
+    "sp": "0 or 1",
+    "zero": "0 to 3",
+}
 
 
 def _in_range(key: str, value: int) -> bool:
@@ -108,15 +124,32 @@ def legal_layouts(nproc: int, check: Callable[[Layout], object]) -> Iterator[Lay
     Args:
         check: raises ConfigError for a layout that is not legal (load_config with its overrides).
     """
-    tensor_sizes = [n for n in range(1, nproc + 1) if nproc % n == 0]
-    for tp, sp, zero, engine, mode in itertools.product(
-        tensor_sizes, (0, 1), range(4), ENGINES[1:], RECOMPUTE
-    ):
-        layout = Layout(nproc // tp, tp, sp, zero, engine, mode)
-        if layout == SINGLE:
+    for dp, tp, pp in itertools.product(_divisors(nproc), repeat=3):
+        if dp * tp * pp != nproc:
             continue
-        try:
-            check(layout)
-        except ConfigError:
-            continue
-        yield layout
+        for (schedule, vpp), sp, zero, engine, mode in itertools.product(
+            _PIPELINES if pp > 1 else _PIPELINES[:1], (0, 1), range(4), ENGINES[1:], RECOMPUTE
+        ):
+            layout = Layout(dp, tp, sp, pp, vpp, schedule, zero, engine, mode)
+            if layout == SINGLE:
+                continue
+            try:
+                check(layout)
+            except ConfigError:
+                continue
+            yield layout
+
+
+# each schedule with its smallest number of stages a rank
+_PIPELINES = (
+    ("1f1b", 1),
+    ("gpipe", 1),
+    ("interleaved", 2),
+    ("interleaved_zero_bubble", 2),
+    ("zbv", 2),
+    ("dualpipev", 2),
+)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

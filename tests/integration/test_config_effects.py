@@ -61,6 +61,11 @@ _LLAMA3 = {
     "model.rope_original_length": 64,
 }
 _BERT = {"model.family": "bert", "data.path": "{bert_data}"}
+_PIPELINE = {
+    "parallel.pipeline_parallel_size": 2,
+    "model.num_layers": 3,
+    "train.micro_batch_size": 1,
+}
 _NOT_BUILT = "not built yet"
 
 ROWS = (
@@ -187,9 +192,20 @@ ROWS = (
     ),
     Row("parallel.activation_recomputation", "full", ("recomputed",)),
     Row("parallel.activation_recomputation", "selective", ("recomputed",)),
-    Row("parallel.pipeline_parallel_size", 2, refused=_NOT_BUILT),
-    Row("parallel.virtual_pipeline_stages", 2, refused=_NOT_BUILT),
-    Row("parallel.pipeline_schedule", "gpipe", refused=_NOT_BUILT),
+    Row("parallel.pipeline_parallel_size", 2, ("local_shapes", "actions"), world=2),
+    Row(
+        "parallel.virtual_pipeline_stages",
+        2,
+        ("local_shapes", "actions"),
+        {
+            "parallel.pipeline_parallel_size": 2,
+            "parallel.pipeline_schedule": "interleaved_zero_bubble",
+            "model.num_layers": 4,
+        },
+        world=2,
+    ),
+    Row("parallel.pipeline_schedule", "gpipe", ("actions",), _PIPELINE, world=2),
+    Row("parallel.layers_per_stage", [1, 2], ("local_shapes",), _PIPELINE, world=2),
     Row("parallel.context_parallel_size", 2, refused=_NOT_BUILT),
     Row("evaluation.interval", 2, ("validations",)),
     Row("evaluation.max_samples", 1, ("validations",)),
@@ -266,6 +282,8 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
     except UserError as error:
         seen["ended"] = str(error)
     finally:
+        pipeline = engine.pipeline
+        seen["actions"] = [] if pipeline is None else [tuple(action) for action in pipeline.trace]
         seen["state"] = sorted({f.kind for f in engine.fragments(engine.state_kinds)})
         engine.close()
     return {**seen, **_written(config.run.output_dir, folder, text.getvalue(), run.trainer)}

@@ -223,6 +223,21 @@ CASES: dict[str, list[Case]] = {
         ),
         Case("model.rope_theta=5e5", "model.rope_theta", "model.rope_theta=1e4"),
     ],
+    **{
+        f"ignored:parallel.{name}": [
+            Case(
+                f"parallel.{name}={value}",
+                f"parallel.{name}",
+                f"parallel.{name}={value} parallel.pipeline_parallel_size=2",
+                "several ranks share the layers",
+            )
+        ]
+        for name, value in (
+            ("virtual_pipeline_stages", "2"),
+            ("pipeline_schedule", "gpipe"),
+            ("layers_per_stage", "[6,6]"),
+        )
+    },
     "ignored:optimizer.momentum": [
         Case("optimizer.momentum=0", "optimizer.momentum", SGD + "optimizer.momentum=0"),
     ],
@@ -451,26 +466,6 @@ CASES: dict[str, list[Case]] = {
             "two segments",
         ),
     ],
-    "not_built:parallel.pipeline_parallel_size": [
-        Case(
-            "parallel.pipeline_parallel_size=2",
-            "parallel.pipeline_parallel_size",
-            "",
-            "pipeline parallelism",
-        ),
-    ],
-    "not_built:parallel.virtual_pipeline_stages": [
-        Case("parallel.virtual_pipeline_stages=2", "parallel.virtual_pipeline_stages", ""),
-    ],
-    "not_built:parallel.pipeline_schedule": [
-        Case(
-            f"parallel.pipeline_schedule={name}",
-            "parallel.pipeline_schedule",
-            "parallel.pipeline_schedule=1f1b",
-            f"the {name} pipeline schedule is not built yet",
-        )
-        for name in ("gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev")
-    ],
     "not_built:parallel.context_parallel_size": [
         Case("parallel.context_parallel_size=2", "parallel.context_parallel_size", ""),
     ],
@@ -550,7 +545,7 @@ def test_a_check_reads_no_more_than_it_declares(check: Check) -> None:
 
 
 def test_world_size_beside_a_layout() -> None:
-    """Pipelines are not built yet, so the arithmetic is tested on the checks alone."""
+    """The arithmetic of ranks, on its checks alone."""
     by_name = {check.name: check for check in DEFAULT_CHECKS}
     fits, batch = by_name["world_size_fits_layout"], by_name["batch_fits_world_size"]
     layout = "parallel.tensor_parallel_size=2 parallel.pipeline_parallel_size=2 "

@@ -49,6 +49,8 @@ def test_auto_takes_the_engine_that_is_right(overrides: str, device: str, engine
     assert chosen(overrides, device) == engine
 
 
+PP = "parallel.pipeline_parallel_size=2 "
+ZBV = "parallel.pipeline_schedule=zbv parallel.virtual_pipeline_stages=2 "
 DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
 
 
@@ -65,6 +67,10 @@ DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
         (TORCH + "parallel.offload_optimizer=true " + ZERO + "1", "offloading"),
         (TORCH + "parallel.offload_parameters=true " + ZERO + "3", "offloading"),
         (DEEPSPEED + "parallel.offload_parameters=true " + ZERO + "2", "only ZeRO stage 3"),
+        (DEEPSPEED + PP + ZERO + "2", "fail under a pipeline"),
+        (DEEPSPEED + PP + ZERO + "1 optimizer.layer_lr_decay=0.9", "different groups"),
+        (DEEPSPEED + PP + ZERO + "1 parallel.offload_optimizer=true", "under a pipeline"),
+        (TORCH + PP + ZBV + ZERO + "2", "zero-bubble schedules"),
     ],
 )
 def test_an_engine_by_name_is_refused_with_the_reason(overrides: str, words: str) -> None:

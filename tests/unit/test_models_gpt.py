@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megascale.errors import UserError
+from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout, sample_keys
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
@@ -257,7 +258,8 @@ def test_cut_for_a_pipeline_gives_the_same(config: GPTConfig) -> None:
     ids, keys = tokens(2, 12), sample_keys(0, torch.arange(2))
     documents = torch.arange(12).expand(2, -1) // 5
     extra = {"document_ids": documents, "dropout_keys": keys}
-    chunked = last(first(ids, **extra), **extra)
+    hidden = first(ids, **extra, chunk=Chunk(0, 2, 3))
+    chunked = last(ids, **extra, hidden=hidden, chunk=Chunk(2, 3, 3))
     assert torch.equal(whole(ids, **extra), chunked)
     names = {name for chunk in (first, last) for name, _ in chunk.named_parameters()}
     assert names == {name for name, _ in whole.named_parameters()}

@@ -20,10 +20,16 @@ from megascale.data.statistics import most_frequent_token
 from megascale.errors import UserError
 from megascale.models.bert import BERT, BERTConfig
 from megascale.models.bert_heads import MaskedLMHead, SentenceHead
+from megascale.models.chunk import Chunk, keep_layers, keep_tokens_only
 from megascale.models.dropout import sample_keys
-from megascale.models.flops import bert_flops_per_token
+from megascale.models.flops import (
+    bert_flops_per_token,
+    bert_head_flops_per_token,
+    bert_layer_flops_per_token,
+)
 from megascale.models.initialization import initialize
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
+from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
     Placement,
     Plan,
@@ -83,7 +89,7 @@ class BERTModule(nn.Module):
         super().__init__()
         self.seed = seed
         self.model = BERT(config)
-        self.head = MaskedLMHead(config)
+        self.head: MaskedLMHead | None = MaskedLMHead(config)
         self.sentence_head: SentenceHead | None = None
         self.objectives: tuple[str, ...] = ("masked_lm",)
         if sentence_objective != "none":
@@ -111,12 +117,38 @@ class BERTModule(nn.Module):
         Returns:
             (M, V), or (B, T, V) without `chosen`; and (B, 2), or None without that objective.
         """
+        hidden = self.hidden_states(input_ids, token_type_ids, attention_mask, sample_ids)
+        return self._heads(hidden, chosen)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        sample_ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        chunk: Chunk | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) after the last layer, or the chunk's; see `BERT.forward`."""
         keys = None
         if self.training and self._has_dropout and sample_ids is not None:
             keys = sample_keys(self.seed, sample_ids)
-        hidden = self.model(input_ids, token_type_ids, attention_mask, dropout_keys=keys)
+        return self.model(
+            input_ids,
+            token_type_ids,
+            attention_mask,
+            dropout_keys=keys,
+            hidden=hidden,
+            chunk=chunk,
+        )
+
+    def _heads(
+        self, hidden: torch.Tensor, chosen: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `logits` returns, from the hidden states (B, T, D)."""
         sentence = None if self.sentence_head is None else self.sentence_head(hidden)
         assert self.model.embedding is not None
+        assert self.head is not None
         wanted = hidden if chosen is None else hidden[chosen]
         return self.head(wanted, self.model.embedding.tokens.weight), sentence
 
@@ -128,13 +160,18 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         sentence_labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
+        hidden: torch.Tensor | None = None,
+        chunk: Chunk | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """See `Task`: loss sums, targets and, in eval mode, correct predictions, each (K,)."""
+        states = self.hidden_states(
+            input_ids, token_type_ids, attention_mask, sample_ids, hidden, chunk
+        )
+        if chunk is not None and not chunk.is_last:
+            return states
         chosen = labels != IGNORE_LABEL
         # The head is computed for masked tokens only: V x D for 15 % of the positions.
-        tokens, sentence = self.logits(
-            input_ids, token_type_ids, attention_mask, sample_ids, chosen
-        )
+        tokens, sentence = self._heads(states, chosen)
         targets = labels[chosen]
         losses = [self.loss(tokens, targets, training=self.training)]
         counts = [chosen.sum()]
@@ -191,6 +228,30 @@ class BERTTask:
         """See `Task.blocks`."""
         assert isinstance(module, BERTModule)
         return list(module.model.layers.values())
+
+    def keep_chunks(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
+        """See `Task.keep_chunks`."""
+        assert isinstance(module, BERTModule)
+        keep_layers(module.model.layers, chunks)
+        has_last = any(chunk.is_last for chunk in chunks)
+        if not any(chunk.is_first for chunk in chunks):
+            if has_last:
+                assert module.model.embedding is not None
+                keep_tokens_only(module.model.embedding)
+            else:
+                module.model.embedding = None
+        if not has_last:
+            module.head = module.sentence_head = None
+
+    def tied_weight(self) -> str | None:
+        """See `Task.tied_weight`."""
+        return "model.embedding.tokens.weight"
+
+    def stage_costs(self) -> StageCosts:
+        """See `Task.stage_costs`."""
+        layer = bert_layer_flops_per_token(self._bert, self._config.model.seq_length)
+        head = bert_head_flops_per_token(self._bert, self._config.data.mask_probability)
+        return StageCosts((layer,) * self._bert.num_layers, last=head)
 
     def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
         """See `Task.parallelize`."""
