@@ -215,12 +215,6 @@ _IGNORED = (
         "early_stop_patience is set",
     ),
     _ignored("evaluation.sample_tokens", "evaluation.prompts", bool, "there are prompts"),
-    _ignored(
-        "checkpoint.keep_last",
-        "checkpoint.save_interval",
-        bool,
-        "checkpoints are saved during the run",
-    ),
 )
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
@@ -277,8 +271,15 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     ),
     Check(("evaluation.prompts", "model.family"), recipe_checks.prompts_need_gpt),
     Check(
-        ("checkpoint.keep_best", "data.split", "data.validation", "evaluation.interval"),
+        (
+            *("checkpoint.keep_best", "evaluation.interval", "model.family"),
+            *("data.split", "data.validation", "data.sentence_objective"),
+        ),
         recipe_checks.best_is_a_metric,
+    ),
+    Check(
+        ("checkpoint.keep_last", "checkpoint.save_interval", "checkpoint.keep_best"),
+        recipe_checks.something_is_pruned,
     ),
     *_IGNORED,
     *BERT_CHECKS,

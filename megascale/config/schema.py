@@ -278,7 +278,8 @@ class CheckpointConfig(Section):
     """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
     random initial weights."""
     keep_best: Text | None = None
-    """Metric of a validation, such as valid_loss, whose best checkpoint is saved and kept."""
+    """Score of a validation, such as valid_loss or valid_masked_lm_accuracy, whose best checkpoint
+    is saved and kept."""
 
 
 class LoggingConfig(Section):

@@ -336,14 +336,13 @@ def _callbacks(
         **tokenizer_files(corpora.tokenizer),
     }
     constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
-    best = config.checkpoint.keep_best
     callbacks.append(
         CheckpointCallback(
             manager,
             config.checkpoint.save_interval,
             constants,
             attachments,
-            best.removesuffix("_loss") if best is not None else None,
+            config.checkpoint.keep_best,
         )
     )
     return callbacks

@@ -43,6 +43,11 @@ class EvaluationResult:
         return math.exp(loss) if loss < 700 else math.inf
 
     @property
+    def scores(self) -> dict[str, float]:
+        """Every number that says how good the model is, by name."""
+        return {"loss": self.loss, "perplexity": self.perplexity, **self.metrics}
+
+    @property
     def bits_per_byte(self) -> float | None:
         """Loss in bits over the bytes of the text: comparable between tokenizers."""
         if not self.utf8_bytes:

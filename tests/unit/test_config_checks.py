@@ -317,6 +317,19 @@ CASES: dict[str, list[Case]] = {
             'checkpoint.keep_best=books_loss evaluation.interval=5 data.validation={"books":"b"}',
         ),
         Case("checkpoint.keep_best=valid_loss", "checkpoint.keep_best", "", "interval is 0"),
+        Case(
+            "checkpoint.keep_best=valid_masked_lm_accuracy evaluation.interval=5",
+            "checkpoint.keep_best",
+            "checkpoint.keep_best=valid_masked_lm_accuracy evaluation.interval=5 model.family=bert",
+            "one of valid_loss, valid_perplexity",
+        ),
+        Case(
+            "checkpoint.keep_best=valid_nsp_accuracy evaluation.interval=5 model.family=bert",
+            "checkpoint.keep_best",
+            "checkpoint.keep_best=valid_nsp_accuracy evaluation.interval=5 model.family=bert "
+            "data.sentence_objective=nsp",
+            "valid_masked_lm_accuracy",
+        ),
     ],
     "ignored:evaluation.sample_tokens": [
         Case(
@@ -362,11 +375,17 @@ CASES: dict[str, list[Case]] = {
             "parallel.context_parallel_method=ring parallel.context_parallel_size=2",
         ),
     ],
-    "ignored:checkpoint.keep_last": [
+    "something_is_pruned": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
             "checkpoint.keep_last",
             "checkpoint.keep_last=2",
+        ),
+        Case(
+            "checkpoint.keep_last=2 checkpoint.save_interval=0 evaluation.interval=5",
+            "checkpoint.keep_last",
+            "checkpoint.keep_last=2 checkpoint.save_interval=0 evaluation.interval=5 "
+            "checkpoint.keep_best=valid_loss",
         ),
     ],
     "ignored:model.num_token_types": [

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
-from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset
+from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset, SampleForm
 from megascale.data.bert_masking import MaskedVocabulary, Masking
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
@@ -321,18 +321,10 @@ class BERTTask:
         """
         for corpus in corpora.corpora:
             require_mode(corpus, "bert")
-        vocabulary = _vocabulary(corpora)
+        form = self._sample_form(corpora)
 
         def training_set(corpus: TokenCorpus, part: TokenRange) -> BERTDataset:
-            return BERTDataset(
-                corpus,
-                part,
-                self._bert.seq_length,
-                self._config.run.seed,
-                vocabulary,
-                self._masking,
-                self._config.data.sentence_objective,
-            )
+            return BERTDataset(corpus, part, form, self._config.run.seed)
 
         return open_run_data(
             self._config, corpora, training_set, partial(self.evaluation_set, corpora)
@@ -343,14 +335,7 @@ class BERTTask:
     ) -> BERTEvaluationDataset:
         """See `Task.evaluation_set`."""
         require_mode(corpus, "bert")
-        return BERTEvaluationDataset(
-            corpus,
-            part,
-            self._bert.seq_length,
-            _vocabulary(corpora),
-            self._masking,
-            self._config.data.sentence_objective,
-        )
+        return BERTEvaluationDataset(corpus, part, self._sample_form(corpora))
 
     def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
         """None: the loss of some tokens, given the others, says nothing of the whole text."""
@@ -378,10 +363,14 @@ class BERTTask:
         """See `Task.tokens_per_sample`; padding counts."""
         return self._bert.seq_length
 
-    @property
-    def _masking(self) -> Masking:
+    def _sample_form(self, corpora: Corpora) -> SampleForm:
         data = self._config.data
-        return Masking(data.mask_probability, data.masking)
+        return SampleForm(
+            seq_length=self._bert.seq_length,
+            vocabulary=_vocabulary(corpora),
+            masking=Masking(data.mask_probability, data.masking),
+            objective=data.sentence_objective,
+        )
 
 
 def _vocabulary(corpora: Corpora) -> MaskedVocabulary:
