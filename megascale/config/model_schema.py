@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megascale.config.fields import Count, Fraction, Positive, Rate, Section
+from megascale.config.fields import MAX_COUNT, Count, Fraction, Positive, Rate, Section
 
 
 class ModelConfig(Section):
