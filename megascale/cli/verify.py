@@ -19,7 +19,13 @@ from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.launcher.failure import read_notes
 from megascale.launcher.local import launch_local
-from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
+from megascale.verification.layout import (
+    SINGLE,
+    Layout,
+    legal_layouts,
+    pairwise,
+    parse_layouts,
+)
 
 if TYPE_CHECKING:
     from megascale.verification.report import Row
@@ -37,9 +43,15 @@ def layout(
     config: ConfigFile,
     overrides: Overrides = None,
     layouts: Annotated[
-        str, typer.Option(help='"auto", or layouts such as "dp=4;tp=2,dp=2,zero=1".')
+        str,
+        typer.Option(
+            help='"auto": every legal one; "pairwise": a few of them with every pair of choices; '
+            'or layouts such as "dp=4;tp=2,dp=2,zero=1".'
+        ),
     ] = "auto",
-    nproc: Annotated[int, typer.Option(min=1, help="Processes of the layouts of auto.")] = 2,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes of the layouts of auto and pairwise.")
+    ] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -88,8 +100,9 @@ def _load(config: Path, overrides: Sequence[str], chosen: Layout) -> Config:
 def _choose(config: Path, overrides: list[str], text: str, nproc: int) -> list[Layout]:
     """The layouts to verify, each checked; the single process must be legal too."""
     _load(config, overrides, SINGLE)
-    if text == "auto":
-        return list(legal_layouts(nproc, lambda one: _load(config, overrides, one)))
+    if text in ("auto", "pairwise"):
+        legal = legal_layouts(nproc, lambda one: _load(config, overrides, one))
+        return list(legal) if text == "auto" else pairwise(legal)
     chosen = parse_layouts(text)
     for one in chosen:
         _load(config, overrides, one)

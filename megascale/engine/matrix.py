@@ -38,6 +38,13 @@ def _rows() -> Iterator[Row]:
     yield Row("data parallel", ())
     yield Row("tensor parallel", (tensor,))
     yield Row("tensor + sequence parallel", sequence)
+    for method in ("ulysses", "ring"):
+        context = (
+            "parallel.context_parallel_size=2",
+            f"parallel.context_parallel_method={method}",
+        )
+        yield Row(f"context parallel {method}", context)
+        yield Row(f"context parallel {method} + tensor + sequence parallel", (*context, *sequence))
     for name, kind in SCHEDULES.items():
         stages = kind.stages_per_rank[0]
         pipeline = (
@@ -48,6 +55,8 @@ def _rows() -> Iterator[Row]:
         yield Row(f"pipeline {name}", pipeline)
         if name == "1f1b":
             yield Row(f"pipeline {name} + tensor + sequence parallel", (*pipeline, *sequence))
+            both = (*pipeline, "parallel.context_parallel_size=2")
+            yield Row(f"pipeline {name} + context parallel", both)
     for mode in ("selective", "full"):
         yield Row(f"recomputation {mode}", (f"parallel.activation_recomputation={mode}",))
     yield Row("bf16", ("precision.dtype=bf16",))
@@ -59,10 +68,9 @@ def _rows() -> Iterator[Row]:
     yield Row("parameter offload", ("parallel.offload_parameters=true",))
     yield Row("BERT, tensor parallel", (bert, "model.activation=gelu", tensor))
     yield Row("BERT, tensor + sequence parallel", (bert, "model.activation=gelu", *sequence))
-    yield Row(
-        "BERT, pipeline 1f1b",
-        (bert, "model.activation=gelu", "parallel.pipeline_parallel_size=2"),
-    )
+    for axis in ("context", "pipeline"):
+        asked = (bert, "model.activation=gelu", f"parallel.{axis}_parallel_size=2")
+        yield Row(f"BERT, {axis} parallel", asked)
 
 
 def capability_matrix(checks: Sequence[Check]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megascale.verification.layout import Layout
+from megascale.verification.norm_cause import norm_cause
 from megascale.verification.record import RunRecord, take
 
 # A gradient that is zero in exact arithmetic (key biases: softmax does not see a shift) is pure
@@ -170,6 +171,8 @@ def _cause(
         ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
         ratio = ours / theirs if theirs else float("nan")
         named = _factor(ratio, layout, micro)
+        if what == "gradient norm":
+            named = named or norm_cause(found, expected, step, layout)
         return named or _unnamed(what, layout), ""
     if what == "replicas" and not tensor:
         return (
@@ -180,7 +183,10 @@ def _cause(
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""
     if what == "replicas":
-        return "copies on different ranks differ: a missing synchronisation", line
+        return (
+            f"copies on different ranks differ: {_missing_sync(found, step, kind, tensor, layout)}",
+            line,
+        )
     ours, theirs = found.whole(step, kind, tensor), expected.whole(step, kind, tensor)
     if not np.isfinite(ours).all():
         return "not finite (or held by no rank)", line
@@ -192,6 +198,16 @@ def _cause(
     if 0 < len(wrong) < len(parts):
         return f"only the slice of rank(s) {', '.join(map(str, wrong))} differs: a bad cut", line
     return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
+
+
+def _missing_sync(found: RunRecord, step: int, kind: str, tensor: str, layout: Layout) -> str:
+    """Which synchronisation is missing where copies of a tensor differ."""
+    per_stage = layout.world_size // layout.pp
+    stages = {rank // per_stage for rank, _, _ in found.copies(step, kind, tensor)}
+    if len(stages) > 1:
+        held = " and ".join(map(str, sorted(stages)))
+        return f"the gradients of a weight that pipeline ranks {held} share are not summed"
+    return "a missing synchronisation"
 
 
 def _unnamed(what: str, layout: Layout) -> str:
