@@ -25,7 +25,8 @@ SCRIPTS = ("tools", "launch")  # our Python outside the two packages
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
-    ("models", "parallel"),
+    ("models",),
+    ("parallel",),
     ("engine", "checkpoint", "optim", "data", "resilience"),
     ("training", "launcher", "planner", "hf"),
     ("verification",),
@@ -344,7 +345,8 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
 PLANTED: list[tuple[Rule, str, str, bool]] = [
     (imports_run_one_way, "megascale/models/gpt.py", "import megascale.training.step", True),
     (imports_run_one_way, "megascale/models/gpt.py", "from megascale import parallel", True),
-    (imports_run_one_way, "megascale/parallel/mesh.py", "from ..models import gpt", True),
+    (imports_run_one_way, "megascale/parallel/mesh.py", "from ..engine import mpu", True),
+    (imports_run_one_way, "megascale/parallel/mesh.py", "from ..models import gpt", False),
     (imports_run_one_way, "megascale/optim/schedule.py", "from ..engine.protocol import X", True),
     (imports_run_one_way, "megascale/config/load.py", "def f():\n    from ..data import x", True),
     (imports_run_one_way, "megascale/data/blend.py", "import data_prep.clean", True),

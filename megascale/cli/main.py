@@ -11,6 +11,7 @@ import typer
 from megascale import __version__
 from megascale.cli import config as config_command
 from megascale.cli import convert as convert_command
+from megascale.cli import plan as plan_command
 from megascale.cli import verify as verify_command
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
@@ -29,6 +30,7 @@ def build_app() -> typer.Typer:
     app.callback()(root)
     app.add_typer(config_command.app, name="config")
     app.add_typer(convert_command.app, name="convert")
+    app.add_typer(plan_command.app, name="plan")
     app.add_typer(verify_command.app, name="verify")
     for command in (train, evaluate, generate):
         app.command()(command)

@@ -1,8 +1,8 @@
 """Rules that join several settings, as a table of small functions.
 
 A check tells which settings it reads; it is left out when one of them is invalid. Nothing here
-changes a config. Three kinds: arithmetic that must come out even, settings that would be ignored
-beside others, and settings whose part of the program is not built yet.
+changes a config. Two kinds: arithmetic that must come out even, and settings that would be ignored
+beside others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megascale.config.rules import Check, divisors_near, neighbours
 from megascale.config.rules import among as _among
 from megascale.config.rules import either as _either
 from megascale.config.rules import ignored as _ignored
-from megascale.config.rules import not_built as _not_built
 from megascale.config.schema import Config, read_path
 
 # Arithmetic -----------------------------------------------------------------------------------
@@ -164,6 +163,21 @@ _IGNORED = (
         lambda size: size != 1,
         "several ranks share a layer",
     ),
+    *(
+        _ignored(
+            f"parallel.{name}",
+            "parallel.pipeline_parallel_size",
+            lambda size: size != 1,
+            "several ranks share the layers",
+        )
+        for name in ("virtual_pipeline_stages", "pipeline_schedule", "layers_per_stage")
+    ),
+    _ignored(
+        "parallel.context_parallel_method",
+        "parallel.context_parallel_size",
+        lambda size: size != 1,
+        "several ranks share a sample",
+    ),
     _ignored(
         "optimizer.momentum",
         "optimizer.name",
@@ -201,23 +215,6 @@ _IGNORED = (
         "early_stop_patience is set",
     ),
     _ignored("evaluation.sample_tokens", "evaluation.prompts", bool, "there are prompts"),
-    _ignored(
-        "checkpoint.keep_last",
-        "checkpoint.save_interval",
-        bool,
-        "checkpoints are saved during the run",
-    ),
-)
-
-
-# Not built yet --------------------------------------------------------------------------------
-
-
-_NOT_BUILT = (
-    _not_built("parallel.pipeline_parallel_size", (1,), "pipeline parallelism is"),
-    _not_built("parallel.virtual_pipeline_stages", (1,), "the interleaved pipeline is"),
-    _not_built("parallel.pipeline_schedule", ("1f1b",), "the {} pipeline schedule is"),
-    _not_built("parallel.context_parallel_size", (1,), "context parallelism is"),
 )
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
@@ -274,10 +271,16 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     ),
     Check(("evaluation.prompts", "model.family"), recipe_checks.prompts_need_gpt),
     Check(
-        ("checkpoint.keep_best", "data.split", "data.validation", "evaluation.interval"),
+        (
+            *("checkpoint.keep_best", "evaluation.interval", "model.family"),
+            *("data.split", "data.validation", "data.sentence_objective"),
+        ),
         recipe_checks.best_is_a_metric,
+    ),
+    Check(
+        ("checkpoint.keep_last", "checkpoint.save_interval", "checkpoint.keep_best"),
+        recipe_checks.something_is_pruned,
     ),
     *_IGNORED,
     *BERT_CHECKS,
-    *_NOT_BUILT,
 )

@@ -24,9 +24,12 @@ from torch import nn
 
 from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.mpu import Mpu
+from megascale.engine.pipeline import Pipeline
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
+from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
 
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
@@ -39,18 +42,19 @@ def _configuration(
     stage: int,
     micro_batch_size: int,
     num_micro_batches: int,
-    dp_size: int,
+    data_size: int,
     grad_clip: float,
     hidden_size: int,
     scaling: LossScaling,
     offload: Offload,
+    pipelined: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for one of our layouts."""
     on_cpu = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
     bucket = min(_MAX_BUCKET, sum(p.numel() for p in module.parameters()))
     bucket += bucket % 2  # stages 1 and 2 refuse a bucket that is no multiple of their alignment
     return {
-        "train_batch_size": micro_batch_size * num_micro_batches * dp_size,
+        "train_batch_size": micro_batch_size * num_micro_batches * data_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": grad_clip,
@@ -72,7 +76,11 @@ def _configuration(
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
             **({"offload_optimizer": on_cpu} if offload.optimizer else {}),
             **({"offload_param": on_cpu} if offload.parameters else {}),
+            # under a pipeline the gradients stay with the parameters until the step
+            **({"contiguous_gradients": False} if pipelined else {}),
         },
+        # the schedule accumulates: told the real number, DeepSpeed is silently off by 2e-4
+        **({"managed_gradient_accumulation": False} if pipelined else {}),
     }
 
 
@@ -101,7 +109,10 @@ class DeepSpeedEngine:
         hidden_size: int,
         scaling: LossScaling,
         offload: Offload,
+        layout: PipelineLayout | None = None,
     ) -> None:
+        if layout is not None:
+            num_micro_batches = 1  # the schedule's business
         self._recipe = recipe
         self._scaler = LossScaler(scaling)
         self._mesh = mesh
@@ -109,10 +120,8 @@ class DeepSpeedEngine:
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = num_micro_batches
         self.placements = placements
-        for name, param in module.named_parameters():
-            # without the mark DeepSpeed counts a shard as a copy: norm and clipping are wrong
-            param.tensor_model_parallel = placements[name].sharded  # type: ignore[attr-defined]
-            param.model_parallel = placements[name].sharded  # type: ignore[attr-defined]
+        self._layout = layout
+        _mark(module, placements, mesh, layout)
         self._device = next(module.parameters()).device
         # DeepSpeed makes its fp32 masters from the rounded weights; ours are not rounded.
         exact = {} if dtype == torch.float32 else _copies(module)
@@ -125,23 +134,30 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            mpu=Mpu(mesh) if mesh.tp_size > 1 else None,
+            mpu=Mpu(mesh) if mesh.tp_size > 1 or layout is not None else None,
             config=_configuration(
                 module,
                 dtype,
                 stage,
                 micro_batch_size,
                 num_micro_batches,
-                mesh.dp_size,
+                mesh.data_size,
                 recipe.grad_clip,
                 hidden_size,
                 scaling,
                 offload,
+                layout is not None,
             ),
         )
         self._zero = self._engine.optimizer
         self.module: nn.Module = self._engine.module
         self._params = dict(self.module.named_parameters())
+        self.pipeline: Pipeline | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        if layout is not None:
+            _require_equal_groups(len(self._zero.param_groups), mesh)
+            self.pipeline = Pipeline(self.module, layout, mesh, dtype)
+            self._engine.enable_backward_allreduce = False  # _run_pipeline reduces
         for fragment in self.fragments(["master"], replicas=True) if exact else ():
             part = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
             fragment.tensor.copy_(part)
@@ -150,10 +166,12 @@ class DeepSpeedEngine:
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
+        if self.pipeline is not None:
+            return self._run_pipeline(self.pipeline, micro_batches, total_targets)
         if len(micro_batches) != self._num_micro_batches:
             self._set_accumulation(len(micro_batches))
         # DeepSpeed averages gradients over the data-parallel group.
-        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        scale = (self._mesh.data_size / total_targets).to(self._device, torch.float32)
         total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, _ = self._engine(**micro_batch)
@@ -162,6 +180,37 @@ class DeepSpeedEngine:
             if index < len(micro_batches) - 1:
                 self._engine.step()  # counts the micro-step; updates nothing before the boundary
         return total
+
+    def _run_pipeline(
+        self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
+    ) -> torch.Tensor:
+        scale = (self._scaler.scale * self._mesh.data_size / total_targets).to(
+            self._device, torch.float32
+        )
+        half = next(iter(self._params.values())).dtype != torch.float32
+        total = pipeline.run(micro_batches, scale, self._collect if half else None)
+        for name, gradient in self._sums.items():  # rounded once, not at every micro-batch
+            self._params[name].grad = gradient.to(self._params[name].dtype)
+        self._sums = {}
+        tied = pipeline.tied_here()
+        if tied is not None:
+            gradient = self._params[tied].grad
+            assert gradient is not None
+            pipeline.sum_copies(gradient)
+        # step() would do this; here, so that the gradients can be looked at before it
+        self._zero.set_gradient_accumulation_boundary(True)
+        self._zero.reduce_gradients()
+        return total
+
+    def _collect(self) -> None:
+        """Move what a backward left in `.grad` to the step's fp32 sums."""
+        for name, param in self._params.items():
+            if param.grad is not None:
+                if name in self._sums:
+                    self._sums[name].add_(param.grad)
+                else:
+                    self._sums[name] = param.grad.float()
+                param.grad = None
 
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`."""
@@ -178,6 +227,8 @@ class DeepSpeedEngine:
 
     def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
+        if self.pipeline is not None:
+            return self.pipeline.forward(micro_batch)
         return self._engine(**micro_batch)
 
     @contextmanager
@@ -199,7 +250,8 @@ class DeepSpeedEngine:
         """See `Engine.fragments`."""
         for name, param in self._params.items():
             place = self.placements[name]
-            if not (replicas or place.sharded or self._mesh.tp_rank == 0):
+            is_copy = self.pipeline is not None and self.pipeline.is_copy(name)
+            if not (replicas or ((place.sharded or self._mesh.tp_rank == 0) and not is_copy)):
                 continue
             for kind in kinds:
                 found = self._fragment(param, kind)
@@ -270,7 +322,7 @@ class DeepSpeedEngine:
         """Another number of micro-batches from this step on (a ramp of the batch size)."""
         self._num_micro_batches = num_micro_batches
         self._engine.set_train_batch_size(
-            self._micro_batch_size * num_micro_batches * self._mesh.dp_size
+            self._micro_batch_size * num_micro_batches * self._mesh.data_size
         )
         self._zero.gradient_accumulation_steps = num_micro_batches
         self._align_micro_steps()
@@ -326,6 +378,42 @@ class DeepSpeedEngine:
             param, release_swap_buffers=False, optim_state_key=key
         )
         return start, view.detach().view(-1)[:real]
+
+
+def _mark(
+    module: nn.Module,
+    placements: Mapping[str, Placement],
+    mesh: ParallelMesh,
+    layout: PipelineLayout | None,
+) -> None:
+    """Tell DeepSpeed which parameters this rank counts in the gradient's norm.
+
+    Without the first mark it takes a shard for a copy, and copies it counts on the first rank of
+    pp x tp only; the second excludes the last stage's copy of a tied weight.
+    """
+    for name, param in module.named_parameters():
+        counted = placements[name].sharded or mesh.tp_rank == 0
+        param.tensor_model_parallel = counted  # type: ignore[attr-defined]
+        param.model_parallel = counted  # type: ignore[attr-defined]
+        if layout is not None and mesh.pp_rank > 0 and name == layout.copied_weight:
+            param.ds_pipe_replicated = True  # type: ignore[attr-defined]
+
+
+def _require_equal_groups(count: int, mesh: ParallelMesh) -> None:
+    """DeepSpeed sums the norm once a parameter group: other numbers of groups wait for ever.
+
+    Raises:
+        UserError: stages have different numbers of non-empty parameter groups. Collective.
+    """
+    counts: list[Any] = [None] * mesh.pp_size
+    torch.distributed.all_gather_object(counts, count, group=mesh.pp_group)
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"pipeline stages with {', '.join(map(str, counts))} parameter groups",
+            rule="DeepSpeed reduces the gradient norm once a group, so every stage needs as many",
+            remedy="use parallel.engine=torch, or weight decay and learning rates that give every "
+            "stage the same groups",
+        )
 
 
 def _copies(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from megascale.engine.loss_scaler import LossScaling
 from megascale.engine.protocol import Engine, OptimizerRecipe
 from megascale.engine.torch_engine import ReplicatedEngine, ShardedEngine
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +26,7 @@ def build_engine(
     recipe: OptimizerRecipe,
     mesh: ParallelMesh,
     placements: Mapping[str, Placement],
+    layout: PipelineLayout | None = None,
 ) -> Engine:
     """Hand the initialised module to the engine of `config`.
 
@@ -35,6 +37,7 @@ def build_engine(
         recipe: how to build the optimizer.
         mesh: who is where.
         placements: where each parameter lies in its global tensor.
+        layout: of the pipeline; None without one.
 
     Raises:
         UserError: no engine, or not the one asked for, runs this config on this device.
@@ -61,10 +64,11 @@ def build_engine(
             hidden_size=config.model.hidden_size,
             scaling=scaling,
             offload=Offload(config.parallel.offload_optimizer, config.parallel.offload_parameters),
+            layout=layout,
         )
     if stage == 0:
-        return ReplicatedEngine(module, recipe, mesh, placements, dtype, scaling)
-    return ShardedEngine(module, recipe, mesh, placements, dtype, scaling, stage, blocks)
+        return ReplicatedEngine(module, recipe, mesh, placements, dtype, scaling, layout)
+    return ShardedEngine(module, recipe, mesh, placements, dtype, scaling, stage, blocks, layout)
 
 
 def loss_scaling(config: Config) -> LossScaling:

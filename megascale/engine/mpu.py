@@ -18,41 +18,49 @@ class Mpu:
         self._mesh = mesh
 
     def get_data_parallel_rank(self) -> int:
-        """Rank along dp."""
-        return self._mesh.dp_rank
+        """Rank along dp x cp: replicas of the weights."""
+        return self._mesh.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Size of dp."""
-        return self._mesh.dp_size
+        """Size of dp x cp."""
+        return self._mesh.data_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Group of dp."""
-        return self._mesh.dp_group
+        """Group of dp x cp."""
+        return self._mesh.data_group
 
     def get_model_parallel_rank(self) -> int:
+        """Rank among pp x tp."""
+        return self._mesh.model_mesh.get_local_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of pp x tp."""
+        return self._mesh.model_mesh.size()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Group of pp x tp."""
+        return self._mesh.model_mesh.get_group()
+
+    def get_tensor_model_parallel_rank(self) -> int:
         """Rank along tp."""
         return self._mesh.tp_rank
 
-    def get_model_parallel_world_size(self) -> int:
+    def get_tensor_model_parallel_world_size(self) -> int:
         """Size of tp."""
         return self._mesh.tp_size
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         """Group of tp."""
         return self._mesh.tp_group
 
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
     def get_pipeline_model_parallel_rank(self) -> int:
         """Rank along pp."""
-        return self._mesh.device_mesh["pp"].get_local_rank()
+        return self._mesh.pp_rank
 
     def get_pipeline_model_parallel_world_size(self) -> int:
         """Size of pp."""
-        return self._mesh.device_mesh["pp"].size()
+        return self._mesh.pp_size
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
         """Group of pp."""
-        return self._mesh.device_mesh["pp"].get_group()
+        return self._mesh.pp_group

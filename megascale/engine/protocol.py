@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from megascale.parallel.fragment import Fragment
 from megascale.parallel.tensor_parallel import Placement
+
+if TYPE_CHECKING:
+    from megascale.engine.pipeline import Pipeline
 
 MicroBatch = Mapping[str, torch.Tensor]
 SumOverShards = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
@@ -103,6 +106,11 @@ class Engine(Evaluable, Protocol):
     """
 
     placements: Mapping[str, Placement]
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """This rank's part of the pipeline; None without one."""
+        ...
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor

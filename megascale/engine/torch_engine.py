@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from megascale.engine.fsdp_reduction import accumulate, reduce_now
 from megascale.engine.loss_scaler import LossScaler, LossScaling
+from megascale.engine.pipeline import Pipeline
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.gradient_norm import clip_, global_norm
 from megascale.parallel.gradient_reducer import GradientReducer
 from megascale.parallel.mesh import ParallelMesh
+from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
 
 
@@ -46,6 +50,7 @@ class TorchEngine:
         self._mesh = mesh
         self._scaler = LossScaler(scaling)
         self._device = next(module.parameters()).device
+        self._pipeline: Pipeline | None = None
         self._masters: dict[str, torch.Tensor] = {}
         self._optimizer: torch.optim.Optimizer
 
@@ -81,7 +86,14 @@ class TorchEngine:
 
     def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """See `Engine.forward`."""
+        if self._pipeline is not None:
+            return self._pipeline.forward(micro_batch)
         return self.module(**micro_batch)
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """This rank's part of the pipeline; None without one."""
+        return self._pipeline
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -127,8 +139,19 @@ class TorchEngine:
                 yield fragment
 
     def _is_counted(self, name: str) -> bool:
-        """Whether this rank speaks for a parameter: copies over tp are counted once."""
+        """Whether this rank speaks for a parameter: copies over tp and pp are counted once."""
+        if self._pipeline is not None and self._pipeline.is_copy(name):
+            return False
+        return self._is_counted_over_tp(name)
+
+    def _is_counted_over_tp(self, name: str) -> bool:
         return self.placements[name].sharded or self._mesh.tp_rank == 0
+
+    def _sum_copies(self) -> None:
+        """Sum the gradients of a tied weight that two pipeline stages hold."""
+        tied = self._pipeline.tied_here() if self._pipeline is not None else None
+        if self._pipeline is not None and tied is not None:
+            self._pipeline.sum_copies(self._gradients()[tied])
 
     def _all_fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
         gradients = self._gradients() if "grad" in kinds else {}
@@ -156,18 +179,22 @@ class TorchEngine:
     def _gradients(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
+    def _shard_groups(self) -> list[dist.ProcessGroup]:
+        """The axes over which parts of one parameter lie."""
+        return [self._mesh.tp_group] if self._mesh.tp_size > 1 else []
+
     def _norm_groups(self) -> list[dist.ProcessGroup]:
         """The axes over which parts of the gradient lie."""
-        return [self._mesh.tp_group] if self._mesh.tp_size > 1 else []
+        return self._shard_groups() + ([self._mesh.pp_group] if self._mesh.pp_size > 1 else [])
 
     def _sum_over_shards(
         self, values: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Sum values (..., one for each of `tensors`) over the ranks that hold parts of them."""
         names = {id(master): name for name, master in self._masters.items()}
-        counted = [self._is_counted(names[id(tensor)]) for tensor in tensors]
+        counted = [self._is_counted_over_tp(names[id(tensor)]) for tensor in tensors]
         total = values * torch.tensor(counted, device=values.device)
-        for group in self._norm_groups():
+        for group in self._shard_groups():
             dist.all_reduce(total, group=group)
         return total
 
@@ -200,6 +227,7 @@ class ReplicatedEngine(TorchEngine):
         placements: Mapping[str, Placement],
         dtype: torch.dtype,
         scaling: LossScaling,
+        layout: PipelineLayout | None = None,
     ) -> None:
         super().__init__(module, recipe, mesh, placements, scaling)
         self._params = dict(module.named_parameters())
@@ -210,8 +238,10 @@ class ReplicatedEngine(TorchEngine):
             for param in self._params.values():
                 param.data = param.data.to(dtype)
         self._masters = {name: master.requires_grad_() for name, master in masters.items()}
-        group = mesh.dp_group if mesh.dp_size > 1 else None
+        group = mesh.data_group if mesh.data_size > 1 else None
         self._reducer = GradientReducer(list(self._params.values()), group)
+        if layout is not None:
+            self._pipeline = Pipeline(module, layout, mesh, dtype)
         self._build_optimizer()
 
     def forward_backward(
@@ -219,6 +249,13 @@ class ReplicatedEngine(TorchEngine):
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
         divisors = total_targets.to(self._device, torch.float32)
+        if self._pipeline is not None:
+            scale = self._scaler.scale / divisors
+            total = self._pipeline.run(micro_batches, scale, self._reducer.collect)
+            self._sum_copies()
+            self._reducer.reduce()
+            self._unscale()
+            return total
         total = torch.zeros_like(divisors)
         for index, micro_batch in enumerate(micro_batches):
             self._reducer.begin_backward(last=index == len(micro_batches) - 1)
@@ -249,7 +286,7 @@ class ReplicatedEngine(TorchEngine):
         return 0
 
     def _is_owner(self) -> bool:
-        return self._mesh.dp_rank == 0
+        return self._mesh.data_rank == 0
 
 
 class ShardedEngine(TorchEngine):
@@ -276,22 +313,25 @@ class ShardedEngine(TorchEngine):
         scaling: LossScaling,
         stage: int,
         blocks: Iterable[nn.Module],
+        layout: PipelineLayout | None = None,
     ) -> None:
         super().__init__(module, recipe, mesh, placements, scaling)
         self._stage = stage
-        dp_mesh = mesh.device_mesh["dp"]
+        data_mesh = mesh.data_mesh
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
         for block in blocks:
-            fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
-        fully_shard(module, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+            fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+        fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
         self._params: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
         # Empty shards too: every rank's optimizer lists the same parameters in the same order.
         shards = {name: p.to_local().detach() for name, p in self._params.items()}
         self._masters = {name: shard.requires_grad_() for name, shard in shards.items()}
+        if layout is not None:
+            self._pipeline = Pipeline(module, layout, mesh, dtype)
         self._build_optimizer()
 
     def forward_backward(
@@ -301,9 +341,14 @@ class ShardedEngine(TorchEngine):
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = (self._scaler.scale * self._mesh.dp_size / total_targets).to(
+        scale = (self._scaler.scale * self._mesh.data_size / total_targets).to(
             self._device, torch.float32
         )
+        if self._pipeline is not None:
+            total = self._run_pipeline(self._pipeline, micro_batches, scale)
+            self._sum_copies()
+            self._unscale()
+            return total
         total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
@@ -315,6 +360,29 @@ class ShardedEngine(TorchEngine):
             (loss_sum * scale).sum().backward()
             total += loss_sum.detach()
         self._unscale()
+        return total
+
+    def _run_pipeline(
+        self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch], scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the schedule; which backward is a parameter's last is known to the schedule only.
+
+        Stages 2 and 3 reduce after every backward, as without a pipeline. Stage 1 adds up whole
+        gradients (in fp32) and reduces at the end. The weight half of a split backward runs
+        outside of the hooks that FSDP2 reduces from, so those schedules have stage 1 only.
+        """
+        module = self.module
+        assert isinstance(module, FSDPModule)
+        if self._stage > 1:
+            return pipeline.run(micro_batches, scale)
+        module.set_requires_gradient_sync(False)
+        module.set_reshard_after_backward(False)
+        module.set_is_last_backward(False)
+        total = pipeline.run(micro_batches, scale, partial(accumulate, module))
+        module.set_is_last_backward(True)
+        module.set_reshard_after_backward(True)
+        module.set_requires_gradient_sync(True)
+        reduce_now(module)
         return total
 
     @contextmanager
@@ -342,9 +410,9 @@ class ShardedEngine(TorchEngine):
             )
         return gradients
 
-    def _norm_groups(self) -> list[dist.ProcessGroup]:
-        over_dp = [self._mesh.dp_group] if self._mesh.dp_size > 1 else []
-        return over_dp + super()._norm_groups()
+    def _shard_groups(self) -> list[dist.ProcessGroup]:
+        over_data = [self._mesh.data_group] if self._mesh.data_size > 1 else []
+        return over_data + super()._shard_groups()
 
     def _after_update(self) -> None:
         self._reshard()
@@ -357,8 +425,8 @@ class ShardedEngine(TorchEngine):
 
     def _start(self, name: str) -> int:
         shape = self._params[name].shape
-        rows = -(-shape[0] // self._mesh.dp_size)  # torch.chunk: every rank but the last the same
-        return self._mesh.dp_rank * rows * (self._params[name].numel() // shape[0])
+        rows = -(-shape[0] // self._mesh.data_size)  # torch.chunk: every rank but the last the same
+        return self._mesh.data_rank * rows * (self._params[name].numel() // shape[0])
 
     def _is_owner(self) -> bool:
         return True

@@ -57,12 +57,20 @@ def flops_per_token(config: GPTConfig, seq_length: int) -> int:
     Args:
         seq_length: s, tokens a sample.
     """
-    head = config.vocab_size * config.hidden_size
-    matmul_weights = config.num_layers * _layer_matmul_weights(config) + head
+    layers = (layer_flops_per_token(config, i, seq_length) for i in range(config.num_layers))
+    return sum(layers) + head_flops_per_token(config)
+
+
+def layer_flops_per_token(config: GPTConfig, layer: int, seq_length: int) -> int:
+    """The part of `flops_per_token` that the layer with this global index has."""
     attention_width = config.num_attention_heads * config.head_dim
-    windows = (config.window(layer) for layer in range(config.num_layers))
-    seen = sum(min(window or seq_length, seq_length) for window in windows)
-    return 6 * matmul_weights + 12 * attention_width * seen
+    seen = min(config.window(layer) or seq_length, seq_length)
+    return 6 * _layer_matmul_weights(config) + 12 * attention_width * seen
+
+
+def head_flops_per_token(config: GPTConfig) -> int:
+    """The part of `flops_per_token` that the head has."""
+    return 6 * config.vocab_size * config.hidden_size
 
 
 def _bert_layer_matmul_weights(config: BERTConfig) -> int:
@@ -89,7 +97,16 @@ def bert_flops_per_token(config: BERTConfig, seq_length: int, mask_probability: 
     Differs from a GPT's in the head, which sees masked tokens only. Padding counts as tokens; the
     sentence head, one position of a sample, is left out.
     """
+    layers = config.num_layers * bert_layer_flops_per_token(config, seq_length)
+    return layers + bert_head_flops_per_token(config, mask_probability)
+
+
+def bert_layer_flops_per_token(config: BERTConfig, seq_length: int) -> int:
+    """The part of `bert_flops_per_token` that one layer has."""
+    return 6 * _bert_layer_matmul_weights(config) + 12 * config.hidden_size * seq_length
+
+
+def bert_head_flops_per_token(config: BERTConfig, mask_probability: float) -> float:
+    """The part of `bert_flops_per_token` that the masked-LM head has."""
     d = config.hidden_size
-    head = mask_probability * (d * d + config.vocab_size * d)
-    matmul_weights = config.num_layers * _bert_layer_matmul_weights(config) + head
-    return 6 * matmul_weights + 12 * config.num_layers * d * seq_length
+    return 6 * mask_probability * (d * d + config.vocab_size * d)

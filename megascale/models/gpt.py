@@ -1,8 +1,8 @@
 """GPT: a decoder-only transformer that returns hidden states.
 
-It does not know that it may be distributed. Its layers are keyed by their global index and its
-ends may be absent, so that a pipeline chunk is the same module with parts taken out and every
-parameter keeps its name.
+It does not know that it may be distributed. Its layers are keyed by their global index and parts
+of it may be absent, so that what a pipeline rank holds is the same module with parts taken out and
+every parameter keeps its name; `forward` runs the chunk that it is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, causal_document_mask, windowed
+from megascale.models.attention import Attention, Visibility
+from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
 from megascale.models.mlp import MLP, ActivationName
@@ -279,8 +280,8 @@ def build_layer(config: GPTConfig, index: int) -> TransformerLayer:
 class GPT(nn.Module):
     """Embedding, layers and final norm.
 
-    A pipeline chunk is made from a whole GPT (built on the meta device) by deleting entries of
-    ``layers`` and setting ``embedding`` or ``final_norm`` to None.
+    A pipeline rank's part is made from a whole GPT (built on the meta device) by deleting entries
+    of ``layers`` and setting ``embedding`` or ``final_norm`` to None.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -298,41 +299,39 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         dropout_keys: Tensor | None = None,
+        hidden: Tensor | None = None,
+        chunk: Chunk | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, T) token ids; in a chunk without embedding the hidden states (B, T, D)
-                of the chunk before.
+            input_ids: (B, T) token ids.
             position_ids: (B, T); 0..T-1 by default. To be given when ``input_ids`` is only a slice
                 of the sequence.
-            document_ids: (B, T), equal within a document: attention stays inside it. None: causal
-                over the whole sample. Positions are not reset here.
+            document_ids: (B, T) of the whole sample, equal within a document: attention stays
+                inside it. None: causal over the whole sample. Positions are not reset here.
             dropout_keys: (B,) int64 of ``dropout.sample_keys``; needed in training with dropout.
+            hidden: (B, T, D), what the chunk before returned; None where the first chunk runs.
+            chunk: the part to run; None for the whole model.
 
         Returns:
-            (B, T, D); in a chunk without final norm, what the next chunk takes.
+            (B, T, D); of a chunk that is not the last, what the next one takes.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        masks = self._masks(input_ids, document_ids)
-        hidden = input_ids
-        if self.embedding is not None:
+        # one of each window, which the layers that have it share
+        seen = {
+            window: Visibility(causal=True, window=window, document_ids=document_ids)
+            for window in {self.config.window(int(index)) for index in self.layers}
+        }
+        if hidden is None:
+            assert self.embedding is not None
             hidden = self.embedding(input_ids, position_ids, dropout_keys)
         for index, layer in self.layers.items():
-            mask = masks[self.config.window(int(index))]
-            hidden = layer(hidden, position_ids, mask, dropout_keys)
-        return hidden if self.final_norm is None else self.final_norm(hidden)
-
-    def _masks(
-        self, input_ids: Tensor, document_ids: Tensor | None
-    ) -> dict[int | None, Tensor | None]:
-        """The mask of each window that a layer here has, shared by its layers: each would keep its
-        own T x T copy for the backward pass. None: causal.
-        """
-        full = None if document_ids is None else causal_document_mask(document_ids)
-        length, device = input_ids.shape[1], input_ids.device
-        masks: dict[int | None, Tensor | None] = {}
-        for window in {self.config.window(int(index)) for index in self.layers}:
-            masks[window] = full if window is None else windowed(full, window, length, device)
-        return masks
+            if chunk is None or int(index) in chunk:
+                visibility = seen[self.config.window(int(index))]
+                hidden = layer(hidden, position_ids, visibility, dropout_keys)
+        if chunk is not None and not chunk.is_last:
+            return hidden
+        assert self.final_norm is not None
+        return self.final_norm(hidden)

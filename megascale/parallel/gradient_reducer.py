@@ -91,6 +91,22 @@ class GradientReducer:
                 bucket.work.wait()
         self._reducing = False
 
+    def collect(self) -> None:
+        """Add to the buckets what a backward left in `.grad` without running the hooks.
+
+        The weight half of a split backward (zero-bubble pipelines) writes `.grad` itself.
+        """
+        for param, main in self._main.items():
+            grad = param.grad
+            if grad is not None and grad.data_ptr() != main.data_ptr():
+                main.add_(grad)
+                param.grad = main if param.dtype == torch.float32 else None
+
+    def reduce(self) -> None:
+        """Sum all buckets over the group now, where no backward announced itself as the last."""
+        self._reducing, self._next = self._group is not None, 0
+        self.finish()
+
     def close(self) -> None:
         """Remove the hooks from the parameters."""
         for hook in self._hooks:

@@ -19,9 +19,16 @@ class ParallelMesh:
     """Ranks arranged as (pp, dp, cp, tp), tp innermost so that it stays inside a node.
 
     Built once by `build_mesh` and passed by argument; nothing looks it up globally.
+
+    Attributes:
+        device_mesh: the four axes.
+        data_mesh: dp and cp as one axis: the ranks that hold the same weights and other tokens.
+        model_mesh: pp and tp as one axis: the ranks that hold one copy of the model.
     """
 
     device_mesh: DeviceMesh
+    data_mesh: DeviceMesh
+    model_mesh: DeviceMesh
 
     @property
     def dp_size(self) -> int:
@@ -39,6 +46,36 @@ class ParallelMesh:
         return self.device_mesh["dp"].get_group()
 
     @property
+    def cp_size(self) -> int:
+        """Number of ranks that share the tokens of a sample."""
+        return self.device_mesh["cp"].size()
+
+    @property
+    def cp_rank(self) -> int:
+        """This process's index along the context-parallel axis."""
+        return self.device_mesh["cp"].get_local_rank()
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Process group of the context-parallel axis."""
+        return self.device_mesh["cp"].get_group()
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks over which gradients are summed and ZeRO shards: dp x cp."""
+        return self.data_mesh.size()
+
+    @property
+    def data_rank(self) -> int:
+        """This process's index among them."""
+        return self.data_mesh.get_local_rank()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """Their process group."""
+        return self.data_mesh.get_group()
+
+    @property
     def tp_size(self) -> int:
         """Number of ranks that share every matrix."""
         return self.device_mesh["tp"].size()
@@ -52,6 +89,21 @@ class ParallelMesh:
     def tp_group(self) -> dist.ProcessGroup:
         """Process group of the tensor-parallel axis."""
         return self.device_mesh["tp"].get_group()
+
+    @property
+    def pp_size(self) -> int:
+        """Number of ranks that share the layers."""
+        return self.device_mesh["pp"].size()
+
+    @property
+    def pp_rank(self) -> int:
+        """This process's index along the pipeline axis."""
+        return self.device_mesh["pp"].get_local_rank()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """Process group of the pipeline axis."""
+        return self.device_mesh["pp"].get_group()
 
     @property
     def rank(self) -> int:
@@ -68,11 +120,11 @@ class ParallelMesh:
         """Whether this process writes what is written once (logs, manifests)."""
         return self.rank == 0
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a small tensor over the data-parallel axis (all-reduce); returns a new tensor."""
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a small tensor over all ranks with other tokens: dp x cp; returns a new tensor."""
         total = values.clone()
-        if self.dp_size > 1:
-            dist.all_reduce(total, group=self.dp_group)
+        if self.data_size > 1:
+            dist.all_reduce(total, group=self.data_group)
         return total
 
     def close(self) -> None:
@@ -81,10 +133,10 @@ class ParallelMesh:
         Each group of gloo has three threads that poll: a process that goes through many meshes
         without closing them slows down until it does nothing else.
         """
-        for axis in AXES:
-            group = self.device_mesh.get_group(axis)
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+        meshes = [*(self.device_mesh[axis] for axis in AXES), self.data_mesh, self.model_mesh]
+        groups = {mesh.get_group() for mesh in meshes} - {dist.group.WORLD}
+        for group in sorted(groups, key=lambda group: group.group_name):  # alike on all ranks
+            dist.destroy_process_group(group)
 
 
 def limit_waits(timeout: timedelta) -> None:
@@ -119,4 +171,7 @@ def build_mesh(
             remedy=f"start {model * max(1, world // model)} processes or change parallel.*",
         )
     shape = (pipeline_parallel_size, world // model, context_parallel_size, tensor_parallel_size)
-    return ParallelMesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    data = mesh["dp", "cp"]._flatten("data") if context_parallel_size > 1 else mesh["dp"]
+    model_mesh = mesh["pp", "tp"]._flatten("model") if pipeline_parallel_size > 1 else mesh["tp"]
+    return ParallelMesh(mesh, data, model_mesh)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -129,7 +129,10 @@ def interval(length: int, unit: int, rank: int, size: int, name: str) -> tuple[i
     return rank * units // size * unit, (rank + 1) * units // size * unit
 
 
-def match(plan: Plan, name: str) -> tuple[str, Rule] | None:
+_Line = TypeVar("_Line")
+
+
+def match(plan: Mapping[str, _Line], name: str) -> tuple[str, _Line] | None:
     """The plan's line for a module name, and its pattern."""
     for pattern, rule in plan.items():
         if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name):
@@ -165,7 +168,7 @@ def parallelize(module: nn.Module, plan: Plan, tensor: TensorGroup) -> dict[str,
         used.add(pattern)
         new = _CUTTERS[rule.style](child, rule, tensor, name)
         if new is not child:
-            _replace(module, name, new)
+            replace_module(module, name, new)
         _record(placements, name, child, new, f"{pattern}: {rule.style}", tensor, rule)
     unused = set(plan) - used
     if unused:
@@ -196,7 +199,8 @@ def _record(
         placements[key] = Placement(before.global_shape, tuple(box), sharded, line)
 
 
-def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the submodule of this dotted name is."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
 

@@ -1,1 +1,1 @@
-"""What a layout costs, by arithmetic: bytes that are held and bytes that are sent."""
+"""What a layout costs, by arithmetic: bytes held, bytes sent, and time waited."""

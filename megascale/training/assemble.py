@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from megascale import __version__
 from megascale.checkpoint.manager import CheckpointManager
@@ -36,7 +35,9 @@ from megascale.optim.factory import (
 from megascale.optim.param_groups import parameter_groups
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.activation_checkpoint import recompute
+from megascale.parallel.context_parallel import ContextGroup
 from megascale.parallel.mesh import ParallelMesh, build_mesh, limit_waits
+from megascale.parallel.pipeline import PipelineLayout, balance, cut_chunks
 from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
 from megascale.training.callbacks.average import WeightAverageCallback
 from megascale.training.callbacks.base import Callback
@@ -126,7 +127,7 @@ def assemble(
         reader.close()
     enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))
     trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
-    say(_headline(config, engine.module, mesh, device))
+    say(_headline(config, task, mesh, device))
     return Run(config, trainer, engine, corpora, data)
 
 
@@ -186,24 +187,60 @@ def _step_parts(
 
 
 def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on meta -> tensor-parallel cut -> recomputation -> initialise by name -> engine."""
+    """Model on meta -> cuts over tp, cp, pp -> recomputation -> initialise -> engine."""
     with torch.device("meta"):
         module = task.build_module()
     placements = whole_placements(module)
     if mesh.tp_size > 1:
         placements = task.parallelize(module, tensor_group(config, mesh))
+    if mesh.cp_size > 1:
+        task.parallelize_context(module, context_group(config, mesh))
+    layout = pipeline_layout(config, task)
+    if layout is not None:
+        task.keep_chunks(module, [layout.chunks[stage] for stage in layout.stages_of(mesh.pp_rank)])
+        placements = {name: placements[name] for name, _ in module.named_parameters()}
     blocks = task.blocks(module)
     recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
     task.initialize(module, placements)
-    engine = build_engine(config, module, blocks, optimizer_recipe(config), mesh, placements)
+    recipe = optimizer_recipe(config)
+    engine = build_engine(config, module, blocks, recipe, mesh, placements, layout)
     limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))  # the engine's own groups
     return engine
+
+
+def pipeline_layout(config: Config, task: Task) -> PipelineLayout | None:
+    """Which layers lie on which pipeline rank; None without a pipeline."""
+    parallel = config.parallel
+    if parallel.pipeline_parallel_size == 1:
+        return None
+    num_stages = parallel.pipeline_parallel_size * parallel.virtual_pipeline_stages
+    counts = parallel.layers_per_stage or balance(task.stage_costs(), num_stages)
+    return PipelineLayout(
+        schedule=parallel.pipeline_schedule,
+        size=parallel.pipeline_parallel_size,
+        chunks=cut_chunks(counts),
+        hidden_size=config.model.hidden_size,
+        sequence_shards=parallel.tensor_parallel_size if parallel.sequence_parallel else 1,
+        tied_weight=task.tied_weight(),
+    )
 
 
 def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
     """What a cut needs to know of the mesh."""
     return TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel)
+
+
+def context_group(config: Config, mesh: ParallelMesh) -> ContextGroup:
+    """What a cut of the sequence needs to know of the mesh."""
+    return ContextGroup(
+        group=mesh.cp_group,
+        rank=mesh.cp_rank,
+        size=mesh.cp_size,
+        method=config.resolved_context_parallel_method,
+        tensor_rank=mesh.tp_rank,
+        tensor_size=mesh.tp_size,
+    )
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:
@@ -299,14 +336,13 @@ def _callbacks(
         **tokenizer_files(corpora.tokenizer),
     }
     constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
-    best = config.checkpoint.keep_best
     callbacks.append(
         CheckpointCallback(
             manager,
             config.checkpoint.save_interval,
             constants,
             attachments,
-            best.removesuffix("_loss") if best is not None else None,
+            config.checkpoint.keep_best,
         )
     )
     return callbacks
@@ -337,7 +373,7 @@ def _samples(config: Config, corpora: Corpora) -> list[Callback]:
         context_length=config.model.seq_length,
         interval=evaluation.interval,
         seed=config.run.seed,
-        multiple=config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1,
+        multiple=config.parallel.sequence_multiple,
     )
     return [callback]
 
@@ -386,11 +422,9 @@ def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], Non
     return say
 
 
-def _headline(config: Config, module: nn.Module, mesh: ParallelMesh, device: torch.device) -> str:
-    def numel(parameter: Any) -> int:
-        return getattr(parameter, "ds_numel", parameter.numel())
-
-    parameters = sum(numel(parameter) for parameter in module.parameters())
+def _headline(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> str:
+    with torch.device("meta"):  # a rank's own module may be a part of it
+        parameters = sum(parameter.numel() for parameter in task.build_module().parameters())
     return (
         f"megascale {__version__}: {config.model.family}, {parameters:,} parameters, "
         f"{mesh.world_size} process(es) on {device.type}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.engine.protocol import Engine
@@ -59,7 +60,7 @@ def load_state(
     # before the first update (all steps skipped so far) there is no optimizer state
     kinds = engine.state_kinds if state.updates else ("master",)
     fragments = [f for f in engine.prepare_load(state.updates) if f.kind in kinds]
-    _check_model(reader, engine, fragments, kinds)
+    _check_model(reader, engine, mesh, kinds)
     with torch.no_grad():
         for fragment in fragments:
             reader.fill(fragment)
@@ -71,17 +72,11 @@ def load_state(
 
 
 def _check_model(
-    reader: CheckpointReader, engine: Engine, fragments: list[Any], kinds: tuple[str, ...]
+    reader: CheckpointReader, engine: Engine, mesh: ParallelMesh, kinds: tuple[str, ...]
 ) -> None:
-    # A rank may own nothing of some parameter; the names it does not see are checked by others.
-    shapes = {f.name: f.global_shape for f in fragments}
-    seen = dict(reader.manifest.parameters)
-    names = {_plain(name) for name, _ in engine.module.named_parameters()}
-    shapes.update({name: seen[name] for name in names & set(seen) if name not in shapes})
-    shapes.update({name: () for name in names if name not in shapes})
+    shapes = {name: place.global_shape for name, place in engine.placements.items()}
+    if mesh.pp_size > 1:  # a rank knows its own layers only
+        stages: list[Any] = [None] * mesh.pp_size
+        dist.all_gather_object(stages, shapes, group=mesh.pp_group)
+        shapes = {name: shape for stage in stages for name, shape in stage.items()}
     reader.check_parameters(shapes, kinds)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers."""
-    return name.removeprefix("module.")

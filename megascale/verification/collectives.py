@@ -56,11 +56,10 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
-        self._axes = {
-            tuple(dist.get_process_group_ranks(group)): axis
-            for axis in AXES
-            if len(dist.get_process_group_ranks(group := mesh.device_mesh.get_group(axis))) > 1
-        }
+        meshes = {"data": mesh.data_mesh, "model": mesh.model_mesh}
+        meshes |= {axis: mesh.device_mesh[axis] for axis in AXES}  # of equal groups, these names
+        groups = {axis: dist.get_process_group_ranks(m.get_group()) for axis, m in meshes.items()}
+        self._axes = {tuple(ranks): axis for axis, ranks in groups.items() if len(ranks) > 1}
 
     def __torch_dispatch__(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megascale.verification.layout import Layout
+from megascale.verification.norm_cause import norm_cause
 from megascale.verification.record import START, RunRecord, take
 
 # A gradient that is zero in exact arithmetic (key biases: softmax does not see a shift) is pure
@@ -122,6 +123,7 @@ def _step_differences(
     rows += [
         ("samples", "", float(found.samples[step] != expected.samples[step])),
         *([] if step else _output_differences(found, expected)),
+        ("replicas", "", float(not found.agree[step])),
         ("loss", "", _relative(found.losses[step], expected.losses[step])),
     ]
     names = list(reversed(expected.names)) if with_tensors else []
@@ -195,7 +197,14 @@ def _cause(
         ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
         ratio = ours / theirs if theirs else float("nan")
         named = _factor(ratio, layout, micro)
-        return named or "no gradient differs before it: look at its own reduction", ""
+        if what == "gradient norm":
+            named = named or norm_cause(found, expected, step, layout)
+        return named or _unnamed(what, layout), ""
+    if what == "replicas" and not tensor:
+        return (
+            "ranks report different losses: a missing sum over data- or context-parallel ranks",
+            "",
+        )
     if what == "output":
         size = found.outputs[tensor][1] / max(expected.outputs[tensor][1], 1e-300)
         line = next((p.line for p in found.ranks[0].values() if _inside(p.name, tensor)), "")
@@ -208,7 +217,10 @@ def _cause(
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""
     if what == "replicas":
-        return "copies on different ranks differ: a missing synchronisation", line
+        return (
+            f"copies on different ranks differ: {_missing_sync(found, step, kind, tensor, layout)}",
+            line,
+        )
     ours, theirs = found.whole(step, kind, tensor), expected.whole(step, kind, tensor)
     if not np.isfinite(ours).all():
         return "not finite (or held by no rank)", line
@@ -228,13 +240,13 @@ def _inside(parameter: str, module: str) -> bool:
 
 def _output_cause(ratio: float, layout: Layout) -> str:
     named = ""
-    if abs(ratio / layout.tp - 1) < 1e-2:
+    if layout.tp > 1 and abs(ratio / layout.tp - 1) < 1e-2:
         named = f"x tp ({layout.tp}): a doubled reduction; "
-    elif abs(ratio * layout.tp - 1) < 1e-2:
+    elif layout.tp > 1 and abs(ratio * layout.tp - 1) < 1e-2:
         named = f"x 1/tp (1/{layout.tp}): a missing reduction; "
     return (
         f"{named}root mean square x {ratio:.4g}, and all outputs before it agree: a reduction, a "
-        "cut or a mask of this module"
+        "cut, a mask or an input of this module"
     )
 
 
@@ -243,6 +255,26 @@ def _where_copies_drift(found: RunRecord, step: int, tensor: str) -> tuple[str, 
     if not step and _drift(found, START, "master", tensor):
         return "master", START
     return ("grad" if _drift(found, step, "grad", tensor) else "master"), step
+
+
+def _missing_sync(found: RunRecord, step: int, kind: str, tensor: str, layout: Layout) -> str:
+    """Which synchronisation is missing where copies of a tensor differ."""
+    per_stage = layout.world_size // layout.pp
+    stages = {rank // per_stage for rank, _, _ in found.copies(step, kind, tensor)}
+    if len(stages) > 1:
+        held = " and ".join(map(str, sorted(stages)))
+        return f"the gradients of a weight that pipeline ranks {held} share are not summed"
+    return "a missing synchronisation"
+
+
+def _unnamed(what: str, layout: Layout) -> str:
+    """Where to look when a loss or norm is off by no factor of the layout."""
+    if what == "loss" and layout.cp > 1:
+        return (
+            "no factor of the layout: the attention mask, the positions or the dropout masks at a "
+            f"seam of the sequence ({2 * layout.cp} chunks over cp={layout.cp} ranks)"
+        )
+    return "no gradient differs before it: look at its own reduction"
 
 
 def _wrong_ranks(
@@ -261,6 +293,8 @@ def _factor(ratio: float, layout: Layout, micro: int) -> str:
     causes = [
         (layout.tp, f"x tp ({layout.tp}): a doubled reduction over the tensor-parallel group"),
         (1 / layout.tp, f"x 1/tp (1/{layout.tp}): a missing reduction over the group"),
+        (layout.cp, f"x cp ({layout.cp}): a doubled sum over the context-parallel ranks"),
+        (1 / layout.cp, f"x 1/cp (1/{layout.cp}): a missing sum over the context-parallel ranks"),
         (layout.dp, f"x dp ({layout.dp}): summed over replicas where the mean is meant"),
         (1 / layout.dp, f"x 1/dp (1/{layout.dp}): averaged twice, or a replica is missing"),
         (micro, f"x micro-batches ({micro}): the loss is not divided by their number"),

@@ -32,7 +32,8 @@ class OutputSums:
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
         """Add up what the modules inside `module` put out."""
-        named = [(name, child) for name, child in module.named_modules() if name]
+        # a module that holds the layers ends elsewhere on each pipeline rank
+        named = [(n, m) for n, m in module.named_modules() if not _holds_layers(m)]
         hooks = [child.register_forward_hook(self._hook(name)) for name, child in named]
         try:
             yield
@@ -49,6 +50,10 @@ class OutputSums:
                 self.sums[name] = [old + more for old, more in zip(sums, new, strict=True)]
 
         return add
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, (nn.ModuleDict, nn.ModuleList)) for part in module.modules())
 
 
 def pooled(ranks: Iterable[Mapping[str, Sums]]) -> dict[str, tuple[float, float]]:

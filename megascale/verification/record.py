@@ -158,6 +158,7 @@ class RunRecord:
     Attributes:
         losses, norms: by step.
         samples: by step, sample ids in global order.
+        agree: by step, whether all ranks reported the same loss.
         ranks: rank -> its parts by (step, kind, name).
         outputs: (mean, root mean square) of what each module put out in the first step, in the
             order of the forward.
@@ -168,6 +169,7 @@ class RunRecord:
     losses: list[float]
     norms: list[float]
     samples: list[list[int]]
+    agree: list[bool]
     ranks: list[dict[tuple[int, str, str], Part]]
     outputs: dict[str, tuple[float, float]]
     sent: dict[str, int]
@@ -237,6 +239,9 @@ def read_record(folder: Path, world_size: int) -> RunRecord:
         losses=curves[0]["losses"],
         norms=curves[0]["norms"],
         samples=_global_samples(curves),
+        agree=[
+            len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)
+        ],
         ranks=ranks,
         outputs=pooled(curve["outputs"] for curve in curves),
         sent=curves[0]["sent"],

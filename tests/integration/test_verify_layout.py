@@ -75,7 +75,15 @@ def test_layouts_are_parsed_and_refused() -> None:
         Layout(dp=2, tp=2, zero=1, sp=1),
     ]
     assert parse_layouts(str(SEQUENCE)) == [SEQUENCE]
-    for text, words in (("pq=2", "pq=2"), ("tp=0", "at least 1"), ("zero=4", "0 to 3")):
+    context = Layout(tp=2, sp=1, cp=4, method="ring")
+    assert parse_layouts(str(context)) == [context]
+    assert context.world_size == 8
+    for text, words in (
+        ("pq=2", "pq=2"),
+        ("tp=0", "at least 1"),
+        ("zero=4", "0 to 3"),
+        ("method=x", "ulysses"),
+    ):
         with pytest.raises(UserError, match=words):
             parse_layouts(text)
 
@@ -87,8 +95,10 @@ def test_auto_takes_every_legal_layout(token_prefix: Path) -> None:
         load_config(settings, layout.overrides(), checks=all_checks(), world_size=layout.world_size)
 
     found = list(legal_layouts(2, check))
-    # dp 2, tp 2 and tp 2 with sp, each 7 of (engine, stage), each 3 recomputations
-    assert len(found) == 3 * 7 * 3
+    # dp 2, tp 2, tp 2 with sp, and cp 2 by two methods, each 7 of (engine, stage), each 3
+    # recomputations
+    assert len(found) == 5 * 7 * 3
+    assert {one.method for one in found if one.cp == 2} == {"ulysses", "ring"}
     assert len(set(found)) == len(found)
     assert not any(one.engine == "deepspeed" and one.zero == 0 for one in found)
 

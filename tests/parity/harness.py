@@ -18,9 +18,14 @@ from megascale.data.batch_size import batch_size_schedule
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
 from megascale.parallel.fragment import Fragment, global_runs
-from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.tensor_parallel import Placement
-from megascale.training.assemble import assemble_engine, build_schedule, evaluation_loaders
+from megascale.training.assemble import (
+    assemble_engine,
+    build_schedule,
+    evaluation_loaders,
+    mesh_of,
+)
 from megascale.training.datasets import open_corpora, resolve_vocab_size
 from megascale.training.evaluation import evaluate
 from megascale.training.resume import load_state
@@ -102,8 +107,8 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
     config = load_config(settings, checks=all_checks(), world_size=dist.get_world_size())
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
-    mesh = build_mesh("cpu", tensor_parallel_size=config.parallel.tensor_parallel_size)
     cpu = torch.device("cpu")
+    mesh = mesh_of(config, cpu)
     task = build_task(config)
     starting = _OtherStart(task, config) if other_start else task
     engine = _Recorder(assemble_engine(config, starting, mesh, cpu))

@@ -49,6 +49,8 @@ def test_auto_takes_the_engine_that_is_right(overrides: str, device: str, engine
     assert chosen(overrides, device) == engine
 
 
+PP = "parallel.pipeline_parallel_size=2 "
+ZBV = "parallel.pipeline_schedule=zbv parallel.virtual_pipeline_stages=2 "
 DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
 
 
@@ -65,6 +67,10 @@ DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
         (TORCH + "parallel.offload_optimizer=true " + ZERO + "1", "offloading"),
         (TORCH + "parallel.offload_parameters=true " + ZERO + "3", "offloading"),
         (DEEPSPEED + "parallel.offload_parameters=true " + ZERO + "2", "only ZeRO stage 3"),
+        (DEEPSPEED + PP + ZERO + "2", "fail under a pipeline"),
+        (DEEPSPEED + PP + ZERO + "1 optimizer.layer_lr_decay=0.9", "different groups"),
+        (DEEPSPEED + PP + ZERO + "1 parallel.offload_optimizer=true", "under a pipeline"),
+        (TORCH + PP + ZBV + ZERO + "2", "zero-bubble schedules"),
     ],
 )
 def test_an_engine_by_name_is_refused_with_the_reason(overrides: str, words: str) -> None:
@@ -97,6 +103,59 @@ def test_what_no_engine_does_is_refused(overrides: str, path: str, words: str) -
     assert problem.path == path
     assert re.search(words, problem.rule), problem.rule
     assert problem.hint.startswith("change ")
+
+
+CONTEXT = "parallel.context_parallel_size="
+TENSOR = "parallel.tensor_parallel_size="
+METHOD = "parallel.context_parallel_method="
+
+
+@pytest.mark.parametrize(
+    ("bad", "path", "words", "good"),
+    [
+        (
+            CONTEXT + "2 model.seq_length=30",
+            "model.seq_length",
+            r"multiple of 4: it is cut into 2 \* parallel.context_parallel_size = 2 \* 2 chunks.*"
+            "28 or 32",
+            CONTEXT + "2 model.seq_length=28",
+        ),
+        (
+            CONTEXT + "2 " + TENSOR + "3 parallel.sequence_parallel=true model.seq_length=20",
+            "model.seq_length",
+            "multiple of 12.*share once more.*12 or 24",
+            CONTEXT + "2 " + TENSOR + "3 parallel.sequence_parallel=true model.seq_length=24",
+        ),
+        (
+            CONTEXT + "8 " + METHOD + "ulysses",
+            "parallel.context_parallel_method",
+            r"12 / \(1 \* 8\) = 1.5.*context_parallel_size = 6, or .*ring",
+            CONTEXT + "6 model.seq_length=24 " + METHOD + "ulysses",
+        ),
+        (
+            CONTEXT + "4 " + TENSOR + "4 " + METHOD + "ulysses",
+            "parallel.context_parallel_method",
+            r"12 / \(4 \* 4\) = 0.75.*context_parallel_size = 3, or .*ring",
+            CONTEXT + "4 " + TENSOR + "4 " + METHOD + "ring",
+        ),
+    ],
+)
+def test_a_sequence_that_cannot_be_cut(bad: str, path: str, words: str, good: str) -> None:
+    (problem,) = problems(bad)
+    assert problem.path == path
+    assert re.search(words, f"{problem.rule} {problem.hint}"), problem
+    assert problems(good) == ()
+
+
+def test_auto_takes_ulysses_where_every_rank_gets_a_head() -> None:
+    for layout, method in (
+        ("2", "ulysses"),
+        ("8", "ring"),
+        ("4 " + TENSOR + "3", "ulysses"),
+        ("4 " + TENSOR + "4", "ring"),
+    ):
+        config = load_config({"data": {"path": "d"}}, (CONTEXT + layout).split(), checks=())
+        assert config.resolved_context_parallel_method == method
 
 
 def test_what_depends_on_the_device_is_refused_when_it_is_known() -> None:

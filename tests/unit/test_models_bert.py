@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 from megascale.config.load import load_config
 from megascale.errors import UserError
 from megascale.models.bert import BERT, BERTConfig
+from megascale.models.chunk import Chunk
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import bert_flops_per_token, bert_num_parameters
 from megascale.training.tasks.bert import BERTModule, bert_config
@@ -45,9 +46,8 @@ def test_every_token_sees_every_real_token_and_no_padding() -> None:
     attention_mask = torch.tensor([[1] * 6 + [0] * 3])
     assert model.embedding is not None
     vectors = model.embedding(ids, torch.arange(9)[None], torch.zeros_like(ids), None).detach()
-    model.embedding = None
     vectors.requires_grad_()
-    hidden = model(vectors, attention_mask=attention_mask)
+    hidden = model(ids, attention_mask=attention_mask, hidden=vectors)
     for query in range(6):
         (gradient,) = torch.autograd.grad(hidden[0, query, 0], vectors, retain_graph=True)
         reached = gradient[0].abs().sum(dim=-1) > 0
@@ -98,7 +98,8 @@ def test_a_layer_keeps_its_name_when_others_are_taken_out() -> None:
     del model.layers["0"]
     model.embedding = None
     assert {name.split(".")[1] for name, _ in model.named_parameters()} == {"1"}
-    assert model(torch.zeros(2, 3, 12)).shape == (2, 3, 12)
+    ids, hidden = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 12)
+    assert model(ids, hidden=hidden, chunk=Chunk(1, 2, 2)).shape == (2, 3, 12)
 
 
 @pytest.mark.parametrize(

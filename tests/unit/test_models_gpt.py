@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from megascale.errors import UserError
+from megascale.models.attention import Visibility
+from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout, sample_keys
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
@@ -257,7 +259,8 @@ def test_cut_for_a_pipeline_gives_the_same(config: GPTConfig) -> None:
     ids, keys = tokens(2, 12), sample_keys(0, torch.arange(2))
     documents = torch.arange(12).expand(2, -1) // 5
     extra = {"document_ids": documents, "dropout_keys": keys}
-    chunked = last(first(ids, **extra), **extra)
+    hidden = first(ids, **extra, chunk=Chunk(0, 2, 3))
+    chunked = last(ids, **extra, hidden=hidden, chunk=Chunk(2, 3, 3))
     assert torch.equal(whole(ids, **extra), chunked)
     names = {name for chunk in (first, last) for name, _ in chunk.named_parameters()}
     assert names == {name for name, _ in whole.named_parameters()}
@@ -278,10 +281,10 @@ def test_attention_cut_along_heads_adds_up(config: GPTConfig) -> None:
                 setattr(projection, name, torch.nn.Parameter(rows))
         part.output.weight = torch.nn.Parameter(part.output.weight.data.chunk(2, dim=1)[rank])
         part.core.dropout.set_shard(0, rank, 2)
-        total += part(x, positions, None, keys)
+        total += part(x, positions, Visibility(), keys)
     if whole.output.bias is not None:
         total -= whole.output.bias  # added on both ranks
-    torch.testing.assert_close(whole(x, positions, None, keys), total, rtol=0, atol=2e-6)
+    torch.testing.assert_close(whole(x, positions, Visibility(), keys), total, rtol=0, atol=2e-6)
 
 
 @STYLES

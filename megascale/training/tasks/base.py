@@ -11,6 +11,9 @@ from torch import nn
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
+from megascale.models.chunk import Chunk
+from megascale.parallel.context_parallel import ContextGroup
+from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
 
@@ -26,6 +29,9 @@ class Task(Protocol):
         correct     in eval mode, if the task measures it: how many have the largest logit.
 
     The loss is the sum over the objectives of (loss sum / targets), over the global batch.
+
+    With the keywords `hidden` and `chunk` it runs a part of itself: from what the chunk before
+    returned, (B, T, D), to the same for the next one; the last chunk returns the above.
     """
 
     def build_module(self) -> nn.Module:
@@ -36,8 +42,24 @@ class Task(Protocol):
         """The repeated layers: what ZeRO-3 gathers and a pipeline cuts one by one."""
         ...
 
+    def keep_chunks(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
+        """Delete from the whole module what none of `chunks` needs; names do not change."""
+        ...
+
+    def tied_weight(self) -> str | None:
+        """The parameter that both the first and the last chunk need; None for none."""
+        ...
+
+    def stage_costs(self) -> StageCosts:
+        """What layers and ends cost, to balance pipeline stages."""
+        ...
+
     def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
         """Cut the module over a tensor-parallel group; returns where each parameter lies."""
+        ...
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """Make the module work on a part of each sample's tokens; after `parallelize`."""
         ...
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:

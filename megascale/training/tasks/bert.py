@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
-from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset
+from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset, SampleForm
 from megascale.data.bert_masking import MaskedVocabulary, Masking
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
@@ -20,10 +20,17 @@ from megascale.data.statistics import most_frequent_token
 from megascale.errors import UserError
 from megascale.models.bert import BERT, BERTConfig
 from megascale.models.bert_heads import MaskedLMHead, SentenceHead
+from megascale.models.chunk import Chunk, keep_layers, keep_tokens_only
 from megascale.models.dropout import sample_keys
-from megascale.models.flops import bert_flops_per_token
+from megascale.models.flops import (
+    bert_flops_per_token,
+    bert_head_flops_per_token,
+    bert_layer_flops_per_token,
+)
 from megascale.models.initialization import initialize
+from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
+from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
     Placement,
     Plan,
@@ -84,7 +91,7 @@ class BERTModule(nn.Module):
         self.seed = seed
         self.model = BERT(config)
         self.encoded = nn.Identity()  # what the heads see; a plan may gather it here
-        self.head = MaskedLMHead(config)
+        self.head: MaskedLMHead | None = MaskedLMHead(config)
         self.sentence_head: SentenceHead | None = None
         self.objectives: tuple[str, ...] = ("masked_lm",)
         if sentence_objective != "none":
@@ -101,25 +108,57 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of tokens and of the sentence objective.
 
         Args:
-            input_ids, token_type_ids, attention_mask: (B, T).
+            input_ids, token_type_ids: (B, T), or a part of the sample.
+            attention_mask: (B, T) of the whole sample.
             sample_ids: (B,) global sample numbers; needed in training with dropout.
             chosen: (B, T) bool, the M positions whose tokens are wanted; None: all.
+            position_ids: (B or 1, T); to be given for a part of the sample.
 
         Returns:
             (M, V), or (B, T, V) without `chosen`; and (B, 2), or None without that objective.
         """
+        hidden = self.hidden_states(
+            input_ids, token_type_ids, attention_mask, sample_ids, position_ids
+        )
+        return self._heads(hidden, chosen)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        sample_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        chunk: Chunk | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) after the last layer, or the chunk's; see `BERT.forward`."""
         keys = None
         if self.training and self._has_dropout and sample_ids is not None:
             keys = sample_keys(self.seed, sample_ids)
-        hidden = self.encoded(
-            self.model(input_ids, token_type_ids, attention_mask, dropout_keys=keys)
+        return self.model(
+            input_ids,
+            token_type_ids,
+            attention_mask,
+            position_ids,
+            dropout_keys=keys,
+            hidden=hidden,
+            chunk=chunk,
         )
+
+    def _heads(
+        self, hidden: torch.Tensor, chosen: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `logits` returns, from the hidden states (B, T, D)."""
+        hidden = self.encoded(hidden)
         sentence = None if self.sentence_head is None else self.sentence_head(hidden)
         assert self.model.embedding is not None
+        assert self.head is not None
         wanted = hidden if chosen is None else hidden[chosen]
         return self.head(wanted, self.model.embedding.tokens.weight), sentence
 
@@ -131,13 +170,19 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         sentence_labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
+        position_ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        chunk: Chunk | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """See `Task`: loss sums, targets and, in eval mode, correct predictions, each (K,)."""
+        states = self.hidden_states(
+            input_ids, token_type_ids, attention_mask, sample_ids, position_ids, hidden, chunk
+        )
+        if chunk is not None and not chunk.is_last:
+            return states
         chosen = labels != IGNORE_LABEL
         # The head is computed for masked tokens only: V x D for 15 % of the positions.
-        tokens, sentence = self.logits(
-            input_ids, token_type_ids, attention_mask, sample_ids, chosen
-        )
+        tokens, sentence = self._heads(states, chosen)
         targets = labels[chosen]
         losses = [self.loss(tokens, targets, training=self.training)]
         counts = [chosen.sum()]
@@ -189,6 +234,17 @@ def bert_plan(config: BERTConfig) -> Plan:
     }
 
 
+def bert_context_plan() -> ContextPlan:
+    """What a cut of the sequence means to a BERT; the rest looks at single tokens."""
+    layer = "model.layers.*"
+    return {
+        "model.embedding.dropout": "drop_sequence",
+        f"{layer}.attention.core": "attention",
+        f"{layer}.attention_dropout": "drop_sequence",
+        f"{layer}.mlp_dropout": "drop_sequence",
+    }
+
+
 class BERTTask:
     """Pretraining of a BERT; see `Task`."""
 
@@ -208,6 +264,30 @@ class BERTTask:
         assert isinstance(module, BERTModule)
         return list(module.model.layers.values())
 
+    def keep_chunks(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
+        """See `Task.keep_chunks`."""
+        assert isinstance(module, BERTModule)
+        keep_layers(module.model.layers, chunks)
+        has_last = any(chunk.is_last for chunk in chunks)
+        if not any(chunk.is_first for chunk in chunks):
+            if has_last:
+                assert module.model.embedding is not None
+                keep_tokens_only(module.model.embedding)
+            else:
+                module.model.embedding = None
+        if not has_last:
+            module.head = module.sentence_head = None
+
+    def tied_weight(self) -> str | None:
+        """See `Task.tied_weight`."""
+        return "model.embedding.tokens.weight"
+
+    def stage_costs(self) -> StageCosts:
+        """See `Task.stage_costs`."""
+        layer = bert_layer_flops_per_token(self._bert, self._config.model.seq_length)
+        head = bert_head_flops_per_token(self._bert, self._config.data.mask_probability)
+        return StageCosts((layer,) * self._bert.num_layers, last=head)
+
     def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
         """See `Task.parallelize`."""
         assert isinstance(module, BERTModule)
@@ -218,6 +298,10 @@ class BERTTask:
         module.loss = replace(module.loss, part=part)
         module.most_likely = partial(vocab_parallel_argmax, first_id=first_id, group=tensor.group)
         return parallelize(module, bert_plan(self._bert), tensor)
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """See `Task.parallelize_context`."""
+        parallelize_context(module, bert_context_plan(), context)
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
@@ -237,18 +321,10 @@ class BERTTask:
         """
         for corpus in corpora.corpora:
             require_mode(corpus, "bert")
-        vocabulary = _vocabulary(corpora)
+        form = self._sample_form(corpora)
 
         def training_set(corpus: TokenCorpus, part: TokenRange) -> BERTDataset:
-            return BERTDataset(
-                corpus,
-                part,
-                self._bert.seq_length,
-                self._config.run.seed,
-                vocabulary,
-                self._masking,
-                self._config.data.sentence_objective,
-            )
+            return BERTDataset(corpus, part, form, self._config.run.seed)
 
         return open_run_data(
             self._config, corpora, training_set, partial(self.evaluation_set, corpora)
@@ -259,14 +335,7 @@ class BERTTask:
     ) -> BERTEvaluationDataset:
         """See `Task.evaluation_set`."""
         require_mode(corpus, "bert")
-        return BERTEvaluationDataset(
-            corpus,
-            part,
-            self._bert.seq_length,
-            _vocabulary(corpora),
-            self._masking,
-            self._config.data.sentence_objective,
-        )
+        return BERTEvaluationDataset(corpus, part, self._sample_form(corpora))
 
     def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
         """None: the loss of some tokens, given the others, says nothing of the whole text."""
@@ -294,10 +363,14 @@ class BERTTask:
         """See `Task.tokens_per_sample`; padding counts."""
         return self._bert.seq_length
 
-    @property
-    def _masking(self) -> Masking:
+    def _sample_form(self, corpora: Corpora) -> SampleForm:
         data = self._config.data
-        return Masking(data.mask_probability, data.masking)
+        return SampleForm(
+            seq_length=self._bert.seq_length,
+            vocabulary=_vocabulary(corpora),
+            masking=Masking(data.mask_probability, data.masking),
+            objective=data.sentence_objective,
+        )
 
 
 def _vocabulary(corpora: Corpora) -> MaskedVocabulary:

@@ -16,11 +16,18 @@ from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.data.statistics import ngram_entropy
+from megascale.models.chunk import Chunk, keep_layers, keep_tokens_only
 from megascale.models.dropout import sample_keys
-from megascale.models.flops import flops_per_token
+from megascale.models.flops import (
+    flops_per_token,
+    head_flops_per_token,
+    layer_flops_per_token,
+)
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
+from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
+from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
     Placement,
     Plan,
@@ -100,10 +107,25 @@ class GPTModule(nn.Module):
         self.seed = seed
         self.loss = loss or TokenLoss()
         self.model = GPT(config)
-        self.head = LMHead(
+        self.head: LMHead | None = LMHead(
             config.hidden_size, config.vocab_size, config.tie_word_embeddings, config.logit_softcap
         )
         self._has_dropout = config.dropout > 0 or config.attention_dropout > 0
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        sample_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        chunk: Chunk | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) after the final norm, or after the chunk; see `GPT.forward`."""
+        keys = None
+        if self.training and self._has_dropout and sample_ids is not None:
+            keys = sample_keys(self.seed, sample_ids)
+        return self.model(input_ids, position_ids, document_ids, keys, hidden, chunk)
 
     def logits(
         self,
@@ -112,11 +134,13 @@ class GPTModule(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, T, V) of the next token at each of the positions of input_ids (B, T)."""
-        keys = None
-        if self.training and self._has_dropout and sample_ids is not None:
-            keys = sample_keys(self.seed, sample_ids)
-        hidden = self.model(input_ids, position_ids, document_ids, keys)
+        """Logits (B, T, V) of the next token at each of the positions of input_ids (B, T), which
+        may be a part of the sample; document_ids are those of the whole.
+        """
+        return self._head(self.hidden_states(input_ids, sample_ids, position_ids, document_ids))
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None
         embedding = self.model.embedding
         tied = embedding.tokens.weight if self.head.tied and embedding is not None else None
         return self.head(hidden, tied)
@@ -128,13 +152,21 @@ class GPTModule(nn.Module):
         sample_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden: torch.Tensor | None = None,
+        chunk: Chunk | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses in nats, and their number (labels of -100 do not count).
 
         Without labels: the logits (B, T, V), and 0. Under ZeRO-3 an engine's forward is the only
-        way to them, since it is what gathers the weights.
+        way to them, since it is what gathers the weights. Of a chunk that is not the last: its
+        hidden states; see `Task`.
         """
-        logits = self.logits(input_ids, sample_ids, position_ids, document_ids)
+        states = self.hidden_states(
+            input_ids, sample_ids, position_ids, document_ids, hidden, chunk
+        )
+        if chunk is not None and not chunk.is_last:
+            return states
+        logits = self._head(states)
         if labels is None:
             return self.loss.whole(logits), torch.zeros((), device=logits.device)
         loss_sum = self.loss(logits, labels, training=self.training)
@@ -175,6 +207,17 @@ def gpt_plan(config: GPTConfig) -> Plan:
     return plan
 
 
+def gpt_context_plan() -> ContextPlan:
+    """What a cut of the sequence means to a GPT; the rest looks at single tokens."""
+    layer = "model.layers.*"
+    return {
+        "model.embedding.dropout": "drop_sequence",
+        f"{layer}.attention.core": "attention",
+        f"{layer}.attention_dropout": "drop_sequence",
+        f"{layer}.mlp_dropout": "drop_sequence",
+    }
+
+
 class GPTTask:
     """Pretraining of a GPT; see `Task`."""
 
@@ -193,6 +236,30 @@ class GPTTask:
         assert isinstance(module, GPTModule)
         return list(module.model.layers.values())
 
+    def keep_chunks(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
+        """See `Task.keep_chunks`."""
+        assert isinstance(module, GPTModule)
+        keep_layers(module.model.layers, chunks)
+        has_last = any(chunk.is_last for chunk in chunks)
+        if not any(chunk.is_first for chunk in chunks):
+            if has_last and self._gpt.tie_word_embeddings:
+                assert module.model.embedding is not None
+                keep_tokens_only(module.model.embedding)
+            else:
+                module.model.embedding = None
+        if not has_last:
+            module.model.final_norm = module.head = None
+
+    def tied_weight(self) -> str | None:
+        """See `Task.tied_weight`."""
+        return "model.embedding.tokens.weight" if self._gpt.tie_word_embeddings else None
+
+    def stage_costs(self) -> StageCosts:
+        """See `Task.stage_costs`."""
+        length = self._config.model.seq_length
+        layers = [layer_flops_per_token(self._gpt, i, length) for i in range(self._gpt.num_layers)]
+        return StageCosts(tuple(layers), last=head_flops_per_token(self._gpt))
+
     def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
         """See `Task.parallelize`."""
         assert isinstance(module, GPTModule)
@@ -202,6 +269,10 @@ class GPTTask:
         part = VocabularyPart(first_id, self._gpt.vocab_size, tensor.group)
         module.loss = replace(module.loss, part=part)
         return parallelize(module, gpt_plan(self._gpt), tensor)
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """See `Task.parallelize_context`."""
+        parallelize_context(module, gpt_context_plan(), context)
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
