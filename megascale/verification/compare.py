@@ -8,7 +8,7 @@ import numpy as np
 
 from megascale.verification.layout import Layout
 from megascale.verification.norm_cause import norm_cause
-from megascale.verification.record import RunRecord, take
+from megascale.verification.record import START, RunRecord, take
 
 # A gradient that is zero in exact arithmetic (key biases: softmax does not see a shift) is pure
 # rounding; a tensor counts as at least this part of the whole gradient's norm.
@@ -23,6 +23,7 @@ class Tolerance:
         loss, norm: of each step.
         gradient: root mean square of the difference over that of the gradient, each tensor.
         weight: absolute, in units of the learning rate times 1000 (1e-5 at lr 1e-3).
+        output: mean and root mean square of a module's output, over the latter.
         tensor_steps: gradients and weights count in so many first steps only; None: in all.
     """
 
@@ -30,13 +31,14 @@ class Tolerance:
     norm: float
     gradient: float
     weight: float
+    output: float
     tensor_steps: int | None = None
 
 
-FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-5)
+FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-5, output=1e-5)
 # One bf16 rounding is 2^-9. Single tensors drift apart from step to step (after 200 steps they are
 # different points near the same curve), losses and norms do not: docs/numerics.md
-BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3, tensor_steps=3)
+BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3, output=2e-2, tensor_steps=3)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class Difference:
 
     Attributes:
         step: 1-based; 0 when the whole run failed.
-        what: "loss", "gradient norm", "gradient", "weight", "samples", "replicas" or "crash".
-        tensor: its name, "" for scalars.
+        what: "initial weight", "samples", "output", "loss", "gradient norm", "gradient", "weight"
+            or "replicas".
+        tensor: its name (of a module for "output"), "" for scalars.
         size: the difference in the units of its tolerance.
         cause: what such a difference usually comes from.
         line: the line of the plan that cuts the tensor.
@@ -98,7 +101,7 @@ def compare(
         checks = _step_differences(found, expected, step, lr, with_tensors)
         for what, tensor, size in checks:
             key = {"gradient norm": "norm"}.get(what, what)
-            limit = getattr(tolerance, key) if key in worst else 0.0
+            limit = getattr(tolerance, key, 0.0)
             if key in worst:
                 worst[key] = _larger(worst[key], size)
             if first is None and not size <= limit:
@@ -116,8 +119,10 @@ def _step_differences(
     found: RunRecord, expected: RunRecord, step: int, lr: float, with_tensors: bool
 ) -> list[tuple[str, str, float]]:
     """(what, tensor, size) of one step in the order in which an error would spread."""
-    rows: list[tuple[str, str, float]] = [
+    rows = [] if step else _start_differences(found, expected)
+    rows += [
         ("samples", "", float(found.samples[step] != expected.samples[step])),
+        *([] if step else _output_differences(found, expected)),
         ("replicas", "", float(not found.agree[step])),
         ("loss", "", _relative(found.losses[step], expected.losses[step])),
     ]
@@ -133,6 +138,27 @@ def _step_differences(
         rows.append(("replicas", name, _drift(found, step, "master", name)))
         ours, theirs = found.whole(step, "master", name), expected.whole(step, "master", name)
         rows.append(("weight", name, float(np.abs(ours - theirs).max()) / max(1.0, lr * 1000)))
+    return rows
+
+
+def _start_differences(found: RunRecord, expected: RunRecord) -> list[tuple[str, str, float]]:
+    """Weights are drawn by name: before the first step they are the same to the last bit."""
+    rows = []
+    for name in expected.names:
+        rows.append(("replicas", name, _drift(found, START, "master", name)))
+        ours, theirs = (r.whole(START, "master", name) for r in (found, expected))
+        rows.append(("initial weight", name, float(np.abs(ours - theirs).max())))
+    return rows
+
+
+def _output_differences(found: RunRecord, expected: RunRecord) -> list[tuple[str, str, float]]:
+    """Of the outputs of modules, in the order of the forward."""
+    rows = []
+    for name, (mean, size) in expected.outputs.items():
+        if name in found.outputs:
+            our_mean, our_size = found.outputs[name]
+            off = _larger(abs(our_mean - mean), abs(our_size - size))
+            rows.append(("output", name, off / max(size, 1e-30)))
     return rows
 
 
@@ -179,7 +205,15 @@ def _cause(
             "ranks report different losses: a missing sum over data- or context-parallel ranks",
             "",
         )
-    kind = "master" if what == "weight" else "grad"
+    if what == "output":
+        size = found.outputs[tensor][1] / max(expected.outputs[tensor][1], 1e-300)
+        line = next((p.line for p in found.ranks[0].values() if _inside(p.name, tensor)), "")
+        return _output_cause(size, layout), line
+    if what == "initial weight":
+        step = START
+    kind = "grad" if what == "gradient" else "master"
+    if what == "replicas":
+        kind, step = _where_copies_drift(found, step, tensor)
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""
     if what == "replicas":
@@ -198,6 +232,29 @@ def _cause(
     if 0 < len(wrong) < len(parts):
         return f"only the slice of rank(s) {', '.join(map(str, wrong))} differs: a bad cut", line
     return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
+
+
+def _inside(parameter: str, module: str) -> bool:
+    return parameter.rpartition(".")[0] == module
+
+
+def _output_cause(ratio: float, layout: Layout) -> str:
+    named = ""
+    if layout.tp > 1 and abs(ratio / layout.tp - 1) < 1e-2:
+        named = f"x tp ({layout.tp}): a doubled reduction; "
+    elif layout.tp > 1 and abs(ratio * layout.tp - 1) < 1e-2:
+        named = f"x 1/tp (1/{layout.tp}): a missing reduction; "
+    return (
+        f"{named}root mean square x {ratio:.4g}, and all outputs before it agree: a reduction, a "
+        "cut, a mask or an input of this module"
+    )
+
+
+def _where_copies_drift(found: RunRecord, step: int, tensor: str) -> tuple[str, int]:
+    """(kind, step) of the first copies that differ."""
+    if not step and _drift(found, START, "master", tensor):
+        return "master", START
+    return ("grad" if _drift(found, step, "grad", tensor) else "master"), step
 
 
 def _missing_sync(found: RunRecord, step: int, kind: str, tensor: str, layout: Layout) -> str:

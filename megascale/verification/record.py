@@ -16,12 +16,13 @@ import torch
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorFile, write_tensors
 from megascale.config.schema import Config
-from megascale.engine.protocol import Engine, StepOutcome
+from megascale.engine.protocol import Engine, MicroBatch, StepOutcome
 from megascale.parallel.fragment import Box, Fragment, global_runs
 from megascale.training.assemble import assemble_step
 from megascale.training.state import TrainState
 from megascale.training.step import train_step
 from megascale.verification.collectives import CollectiveCounter
+from megascale.verification.outputs import OutputSums, pooled
 from megascale.verification.storages import live_bytes
 
 
@@ -30,7 +31,7 @@ class Part:
     """What one rank held of one tensor at one step.
 
     Attributes:
-        step: 0-based step.
+        step: 0-based step, or START.
         kind: "grad" (before clipping) or "master" (after the update).
         line: the line of the tensor-parallel plan that cut it.
     """
@@ -50,6 +51,9 @@ class Part:
         return f"{self.step}/{self.kind}/{self.name}"
 
 
+START = -1
+"""The "step" of the weights before the first one."""
+
 TENSOR_STEPS = 20
 """Gradients and weights are kept of so many steps and of the last one; losses and norms of all."""
 
@@ -66,24 +70,34 @@ class RecordingEngine:
         self._step = 0
         self.parts: list[Part] = []
         self.tensors: dict[str, torch.Tensor] = {}
+        self.outputs = OutputSums()
+        self._keep("master", START)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Engine.forward_backward`."""
+        watching = self.outputs.watching(self._engine.module) if not self._step else nullcontext()
+        with watching:
+            return self._engine.forward_backward(micro_batches, total_targets)
 
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`."""
         kept = self._step < TENSOR_STEPS or self._step == self._steps - 1
         if kept:
-            self._keep("grad")
+            self._keep("grad", self._step)
         outcome = self._engine.step(lr)
         if kept:
-            self._keep("master")
+            self._keep("master", self._step)
         self._step += 1
         return outcome
 
-    def _keep(self, kind: str) -> None:
+    def _keep(self, kind: str, step: int) -> None:
         for fragment in self._engine.fragments([kind], replicas=True):
-            part = _describe(self._step, fragment, self._engine)
+            part = _describe(step, fragment, self._engine)
             self.parts.append(part)
             self.tensors[part.key] = fragment.tensor.detach().float().cpu().clone()
 
@@ -126,6 +140,7 @@ def record_run(config: Config, device: torch.device, steps: int, folder: Path) -
         "norms": norms,
         "samples": samples,
         "dp_rank": mesh.dp_rank,
+        "outputs": recorder.outputs.sums,
         "sent": {" ".join(key): size for key, size in sorted(counter.bytes.items())},
         "held": asdict(live_bytes(recorder)),
         "parts": [asdict(part) for part in recorder.parts],
@@ -145,6 +160,8 @@ class RunRecord:
         samples: by step, sample ids in global order.
         agree: by step, whether all ranks reported the same loss.
         ranks: rank -> its parts by (step, kind, name).
+        outputs: (mean, root mean square) of what each module put out in the first step, in the
+            order of the forward.
         sent: bytes of the collectives of the last step on rank 0, by axis and kind.
         held: bytes that live on rank 0 after it: weights, masters, states.
     """
@@ -154,6 +171,7 @@ class RunRecord:
     samples: list[list[int]]
     agree: list[bool]
     ranks: list[dict[tuple[int, str, str], Part]]
+    outputs: dict[str, tuple[float, float]]
     sent: dict[str, int]
     held: dict[str, int]
     files: list[TensorFile]
@@ -225,6 +243,7 @@ def read_record(folder: Path, world_size: int) -> RunRecord:
             len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)
         ],
         ranks=ranks,
+        outputs=pooled(curve["outputs"] for curve in curves),
         sent=curves[0]["sent"],
         held=curves[0]["held"],
         files=files,

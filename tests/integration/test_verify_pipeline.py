@@ -142,8 +142,8 @@ def test_what_is_right_agrees(
             "",
             "model.embedding.tokens.weight are counted twice",
         ),
-        ("labels of another micro-batch", "loss", "", ""),
-        ("a layer left out", "loss", "", ""),
+        ("labels of another micro-batch", "output", "", "an input of this module"),
+        ("a layer left out", "output", "", "outputs before it agree"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(

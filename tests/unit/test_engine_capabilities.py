@@ -170,3 +170,28 @@ def test_what_depends_on_the_device_is_refused_when_it_is_known() -> None:
 def test_every_row_gives_a_reason() -> None:
     for row in REFUSALS:
         assert len(row.reason) > 20, row
+
+
+TENSOR = "parallel.tensor_parallel_size="
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        (TENSOR + "4 model.num_kv_heads=2", "model.num_kv_heads", "size = 4"),
+        (TENSOR + "8", "model.num_attention_heads", "size = 8"),
+        (
+            TENSOR + "2 parallel.sequence_parallel=true model.seq_length=1023",
+            "model.seq_length",
+            "multiple of parallel.tensor_parallel_size = 2",
+        ),
+        (TENSOR + "4 model.ffn_hidden_size=3", "model.ffn_hidden_size", "at least .* = 4"),
+    ],
+)
+def test_what_tensor_parallelism_cannot_cut_is_refused_with_the_numbers(
+    overrides: str, path: str, words: str
+) -> None:
+    found = [problem for problem in problems(overrides) if problem.path == path]
+    assert len(found) == 1
+    assert re.search(words, found[0].rule), found[0].rule
+    assert "parallel.tensor_parallel_size" in found[0].hint or "ranks" in found[0].hint
