@@ -56,7 +56,7 @@ def distributed_process(device_name: str, timeout_s: int = 600) -> Iterator[torc
 
     info = process_info()
     if launcher_speaks():
-        faulthandler.register(signal.SIGUSR1, all_threads=False)  # where is a silent rank?
+        faulthandler.register(signal.SIGUSR2, all_threads=False)  # where is a silent rank?
     try:
         with _failure_is_told(info):
             device = choose_device(device_name, info)

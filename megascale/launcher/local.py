@@ -119,7 +119,7 @@ def _end(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
     waited = codes[first] == 0 or _is_consequence(first, notes)
     if waited and silent:  # they never came: where are they?
         for rank in silent:
-            ranks[rank].send_signal(signal.SIGUSR1)
+            ranks[rank].send_signal(signal.SIGUSR2)
         time.sleep(_STACK_S)
     _stop(ranks, signal.SIGTERM)
     _tell(first, codes, notes, silent if waited else [], log_dir)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from megascale.errors import UserError
+from megascale.parallel.mesh import build_mesh
 from megascale.parallel.pipeline import Action, PipelineLayout, cut_chunks
 from megascale.planner.timeline import play, schedule_orders
 from megascale.training.state import TrainState
@@ -244,3 +246,23 @@ def test_ranks_do_what_the_timeline_says(
         assert bubble == pytest.approx(theory)
     elif schedule != "dualpipev":
         assert bubble < theory
+
+
+def _groups_rank(counts: list[int]) -> str:
+    """Runs on every rank of a pipeline: what is said of these numbers of parameter groups."""
+    from megascale.engine.deepspeed_engine import _require_equal_groups
+
+    mesh = build_mesh("cpu", pipeline_parallel_size=2)
+    try:
+        _require_equal_groups(counts[mesh.pp_rank], mesh)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_unequal_parameter_groups_are_refused_at_start(pools: Pools) -> None:
+    """DeepSpeed would wait for ever in the first step."""
+    assert pools(2).run(_groups_rank, counts=[2, 2]) == ["", ""]
+    for said in pools(2).run(_groups_rank, counts=[1, 2]):
+        assert "pipeline stages with 1, 2 parameter groups" in said
+        assert "parallel.engine=torch" in said
