@@ -211,10 +211,10 @@ _IGNORED = (
     ),
     _ignored("evaluation.sample_tokens", "evaluation.prompts", bool, "there are prompts"),
     _ignored(
+        "checkpoint.keep_every",
         "checkpoint.keep_last",
-        "checkpoint.save_interval",
-        bool,
-        "checkpoints are saved during the run",
+        lambda keep_last: keep_last is not None,
+        "keep_last lets the others go",
     ),
 )
 
@@ -277,6 +277,10 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         recipe_checks.ramp_fits_micro_batch,
     ),
     Check(("evaluation.prompts", "model.family"), recipe_checks.prompts_need_gpt),
+    Check(
+        ("checkpoint.keep_last", "checkpoint.save_interval", "checkpoint.save_minutes"),
+        recipe_checks.keeping_needs_saving,
+    ),
     Check(
         ("checkpoint.keep_best", "data.split", "data.validation", "evaluation.interval"),
         recipe_checks.best_is_a_metric,

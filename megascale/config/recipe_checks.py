@@ -111,3 +111,12 @@ def best_is_a_metric(config: Config, world_size: int | None) -> Iterator[Problem
         yield Problem(
             "checkpoint.keep_best", metric, rule, "evaluation.interval = 100, for example"
         )
+
+
+def keeping_needs_saving(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """The newest of several are kept only where a run saves several."""
+    saving = config.checkpoint
+    if saving.keep_last is not None and not saving.save_interval and saving.save_minutes is None:
+        rule = "has an effect only when checkpoints are saved during the run"
+        hint = "leave it out, or set checkpoint.save_interval or checkpoint.save_minutes"
+        yield Problem("checkpoint.keep_last", saving.keep_last, rule, hint)

@@ -7,9 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from megascale.errors import UserError
@@ -38,7 +41,8 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
         listener.listen(1024)
         ranks = [_start(arguments, rank, nproc, listener, log_dir) for rank in range(nproc)]
     try:
-        failed = _wait(ranks)
+        with _passed_on(ranks):
+            failed = _wait(ranks)
     except KeyboardInterrupt:
         _stop(ranks, signal.SIGINT)
         return 130
@@ -95,6 +99,26 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
+
+
+@contextmanager
+def _passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Give SIGTERM and SIGUSR1, which ask a run to save, to every rank."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(ranks: list[subprocess.Popen[bytes]], how: int) -> None:

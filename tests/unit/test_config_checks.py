@@ -355,11 +355,24 @@ CASES: dict[str, list[Case]] = {
             "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
         ),
     ],
-    "ignored:checkpoint.keep_last": [
+    "keeping_needs_saving": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
             "checkpoint.keep_last",
             "checkpoint.keep_last=2",
+        ),
+        Case(
+            "checkpoint.keep_last=2 checkpoint.save_interval=0",
+            "checkpoint.keep_last",
+            "checkpoint.keep_last=2 checkpoint.save_interval=0 checkpoint.save_minutes=5.0",
+            "checkpoint.save_minutes",
+        ),
+    ],
+    "ignored:checkpoint.keep_every": [
+        Case(
+            "checkpoint.keep_every=1000",
+            "checkpoint.keep_every",
+            "checkpoint.keep_every=1000 checkpoint.keep_last=2",
         ),
     ],
     "ignored:model.num_token_types": [
