@@ -227,8 +227,7 @@ class CheckpointManager(CheckpointFolder):
             self._upload(content.step, keep)
             return
         self._write_to(self, content)
-        if self._ranks.rank == 0:
-            self.prune(self._retention, keep)
+        agree(self._ranks, lambda: self._prune_all(keep))
 
     def _write_to(self, folder: CheckpointFolder, content: Content) -> None:
         write_checkpoint(folder.storage, step_name(content.step), content, self._ranks)
@@ -237,9 +236,13 @@ class CheckpointManager(CheckpointFolder):
         """Copy a staged checkpoint to the run's folder, then prune both."""
         assert self._staging is not None
         upload(self._staging.storage, self.storage, step_name(step), self._ranks)
+        agree(self._ranks, lambda: self._prune_all(keep))
+
+    def _prune_all(self, keep: list[int]) -> None:
         if self._ranks.rank == 0:
             self.prune(self._retention, keep)
-            self._staging.prune(Retention(_STAGED))
+            if self._staging is not None:
+                self._staging.prune(Retention(_STAGED))
 
     def open_newest_intact(self) -> tuple[CheckpointReader | None, list[str]]:
         """Open the newest checkpoint whose every file is intact; collective.

@@ -96,6 +96,8 @@ def agree(ranks: Ranks, action: Callable[[], Any]) -> list[Any]:
         outcome = {"value": action()}
     except UserError as error:
         outcome = {"error": [error.what, error.rule, error.remedy]}
+    except OSError as error:  # of a read; the others must not wait for this rank
+        outcome = {"error": [f"{type(error).__name__}: {error}", "", "check the storage"]}
     outcomes = ranks.exchange(outcome)
     for rank, other in enumerate(outcomes):
         if "error" in other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -124,6 +125,21 @@ class CheckpointReader:
                 rule=f"{fragment.numel} elements are needed, its pieces hold {filled} of them",
                 remedy="use another checkpoint; this one's manifest is damaged",
             )
+
+    def state_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Shape of one kind of a parameter's state, None where it has none.
+
+        That of the parameter, but for states that are reduced over a dimension.
+        """
+        pieces = self._pieces.get((name, kind))
+        if not pieces:
+            return None
+        shape = tuple(self.manifest.parameters[name])
+        held = sum(piece.numel for piece in pieces)
+        if held == math.prod(shape):
+            return shape
+        ends = [max(piece.box[dim][1] for piece in pieces) for dim in range(len(shape))]
+        return tuple(ends)
 
     def rng_state(self, rank: int) -> torch.Tensor:
         """torch's CPU generator state that `rank` had when the checkpoint was written."""

@@ -125,22 +125,22 @@ class Storage:
 
     def make_folder(self, *parts: str) -> None:
         """Create a folder and its parents."""
-        self._before("make", self.path(*parts))
         with explain_write_errors(self.path(*parts)):
+            self._before("make", self.path(*parts))
             self.fs.makedirs(self.path(*parts), exist_ok=True)
 
     def remove_folder(self, *parts: str) -> None:
         """Remove a folder with its contents, if it is there."""
         if self.exists(*parts):
-            self._before("remove", self.path(*parts))
             with explain_write_errors(self.path(*parts)):
+                self._before("remove", self.path(*parts))
                 self.fs.rm(self.path(*parts), recursive=True)
 
     def remove_file(self, *parts: str) -> None:
         """Remove a file, if it is there."""
         if self.exists(*parts):
-            self._before("remove", self.path(*parts))
             with explain_write_errors(self.path(*parts)):
+                self._before("remove", self.path(*parts))
                 self.fs.rm_file(self.path(*parts))
 
     def open_read(self, *parts: str) -> IO[bytes]:

@@ -26,7 +26,7 @@ from megascale.checkpoint.ranks import Ranks, agree
 from megascale.checkpoint.storage import WRITING_PREFIX, Storage
 from megascale.checkpoint.tensor_file import TensorStream, write_streams, write_tensors
 from megascale.errors import UserError
-from megascale.parallel.fragment import Fragment, whole_box
+from megascale.parallel.fragment import Box, Fragment, whole_box
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,51 @@ def write_weights(
         storage.commit_folder(temporary, name)
     except BaseException:
         storage.remove_folder(temporary)
+        raise
+
+
+@dataclass(frozen=True)
+class StreamedFile:
+    """One tensor file to write: its tensors, and (parameter, kind, box) of those that are state."""
+
+    tensors: list[TensorStream]
+    pieces: list[tuple[str, str, Box]]
+
+
+def write_streamed(
+    storage: Storage,
+    name: str,
+    files: Sequence[StreamedFile],
+    like: Manifest,
+    attachments: Mapping[str, bytes],
+) -> None:
+    """Write a checkpoint of whole tensors, with step, parameters and state of `like`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    temporary = f"{WRITING_PREFIX}{name}"
+    try:
+        _start_folder(storage, temporary)
+        entries, pieces = [], []
+        for number, file in enumerate(files):
+            path = f"rank_{number:05d}.safetensors"
+            with storage.open_write(temporary, path) as stream:
+                size, digest = write_streams(stream, file.tensors)
+            entries.append(FileEntry(path=path, bytes=size, xxh3_128=digest))
+            for parameter, kind, box in file.pieces:
+                numel = math.prod(end - begin for begin, end in box)
+                pieces.append(
+                    Piece(file=path, name=parameter, kinds=(kind,), box=box, start=0, numel=numel)
+                )
+        entries += [_write_attachment(storage, temporary, *item) for item in attachments.items()]
+        changes = {"world_size": len(files), "files": tuple(entries), "pieces": tuple(pieces)}
+        with storage.open_write(temporary, MANIFEST_NAME) as stream:
+            stream.write(dump_manifest(like.model_copy(update=changes)))
+        storage.commit_folder(temporary, name)
+    except BaseException:
+        with contextlib.suppress(UserError, OSError):
+            storage.remove_folder(temporary)
         raise
 
 

@@ -151,19 +151,24 @@ def _assemble(
 
 
 def assemble_step(
-    config: Config, device: torch.device, wrap: Callable[[Engine], Any] | None = None
+    config: Config,
+    device: torch.device,
+    wrap: Callable[[Engine], Any] | None = None,
+    weights_of: Config | None = None,
 ) -> StepParts:
     """Only what a step needs, without output folder, callbacks or checkpoints.
 
     Args:
         wrap: put around the engine, to observe it.
+        weights_of: a config whose seed draws the initial weights instead.
     """
     mesh = mesh_of(config, device)
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
     task = build_task(config)
     data = task.open_data(corpora)
-    engine = assemble_engine(config, task, mesh, device)
+    start = task if weights_of is None else build_task(resolve_vocab_size(weights_of, corpora))
+    engine = assemble_engine(config, task, mesh, device, start)
     return _step_parts(config, task, data, wrap(engine) if wrap else engine, mesh, device)
 
 
@@ -203,8 +208,18 @@ def _step_parts(
     )
 
 
-def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on meta -> cut over tp -> cut over pp -> recomputation -> initialise -> engine."""
+def assemble_engine(
+    config: Config,
+    task: Task,
+    mesh: ParallelMesh,
+    device: torch.device,
+    start: Task | None = None,
+) -> Engine:
+    """Model on meta -> cut over tp -> cut over pp -> recomputation -> initialise -> engine.
+
+    Args:
+        start: initialises the weights instead of `task`: with another seed.
+    """
     with torch.device("meta"):
         module = task.build_module()
     placements = whole_placements(module)
@@ -217,7 +232,7 @@ def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torc
     blocks = task.blocks(module)
     recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
-    task.initialize(module, placements)
+    (start or task).initialize(module, placements)
     recipe = optimizer_recipe(config)
     return build_engine(config, module, blocks, recipe, mesh, placements, layout)
 
