@@ -35,6 +35,7 @@ _DTYPES = {
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _CHUNK = 4 * 1024 * 1024
+_HASHED_CHUNK = 256 * 1024  # still in the processor's cache when it is written after its hash
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def write_streams(
         for part in tensor.blocks():
             assert part.dtype == tensor.dtype, tensor.key
             data = _bytes_of(part.detach().cpu().contiguous())
-            for begin in range(0, len(data), _CHUNK):
-                chunk = data[begin : begin + _CHUNK]
+            for begin in range(0, len(data), _HASHED_CHUNK):
+                chunk = data[begin : begin + _HASHED_CHUNK]
                 digest.update(chunk)
                 written += stream.write(chunk)
     assert written == 8 + len(text) + offset, "blocks that do not make up their tensors"
