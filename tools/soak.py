@@ -61,7 +61,8 @@ def soak(arguments: argparse.Namespace, folder: Path) -> int:
         newest = max(intact, default=0)
         lost += _changed(losses, output / "metrics.jsonl")
     print(
-        f"{arguments.kills} kills, {halves} in the middle of a save, newest step {newest}, {lost} lost"
+        f"{arguments.kills} kills, {halves} in the middle of a save, newest step {newest}, "
+        f"{lost} lost"
     )
     return 1 if lost else 0
 
