@@ -24,3 +24,7 @@ class UserError(Exception):
             lines.append(f"  remedy: {remedy}")
         super().__init__("\n".join(lines))
         self.what, self.rule, self.remedy = what, rule, remedy
+
+
+class PeerError(UserError):
+    """A run that ends because of another rank, whose own error says more."""

@@ -63,6 +63,8 @@ class GroupRanks:
 
     def exchange(self, value: Any) -> list[Any]:
         """See `Ranks.exchange`."""
+        # the limit of the training's collectives, set for all groups, is too short for writing
+        dist.distributed_c10d._set_pg_timeout(SAVE_TIMEOUT, self._group)
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, json.dumps(value), group=self._group)
         return [json.loads(text) for text in everyone]

@@ -89,6 +89,14 @@ def layout(
         )
 
 
+@app.command()
+def matrix() -> None:
+    """Print what may be combined with what, and why not: the table of docs/layouts.md."""
+    from megascale.engine.matrix import capability_matrix
+
+    typer.echo(capability_matrix(all_checks()), nl=False)
+
+
 def _summary(config: Config, world_size: int | None) -> list[str]:
     model, train, parallel = config.model, config.train, config.parallel
     tokens = train.global_batch_size * model.seq_length

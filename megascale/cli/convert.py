@@ -25,6 +25,14 @@ class WeightType(str, Enum):
     FP16 = "fp16"
 
 
+class SentenceObjective(str, Enum):
+    """Values of data.sentence_objective."""
+
+    NONE = "none"
+    NSP = "nsp"
+    SOP = "sop"
+
+
 @app.command("to-hf")
 def to_hf(
     checkpoint: CheckpointFolder,
@@ -68,12 +76,26 @@ def from_hf(
     dtype: Annotated[
         WeightType | None, typer.Option(help="Type of the weights; as found by default.")
     ] = None,
+    sentence_objective: Annotated[
+        SentenceObjective | None,
+        typer.Option(help="Of a BERT; nsp if the files have a head for it, else none."),
+    ] = None,
 ) -> None:
     """Write a model of transformers as a checkpoint of step 0, to evaluate or to train on from."""
     from megascale.hf.importing import import_model
 
-    done = import_model(source, out, _shapes, None if dtype is None else _dtype(dtype))
+    done = import_model(
+        source,
+        out,
+        _shapes,
+        None if dtype is None else _dtype(dtype),
+        None if sentence_objective is None else sentence_objective.value,
+    )
     typer.echo(f"{done.checkpoint}: {done.family}, {done.num_parameters:,} parameters")
+    if done.drawn:
+        typer.echo(f"not in {source}, initialised as in a new model: {', '.join(done.drawn)}")
+    if done.left_out:
+        typer.echo(f"left out, of a head that this model lacks: {', '.join(done.left_out)}")
     typer.echo(f"train on from it: megascale train {done.config_file} data.path=...")
 
 

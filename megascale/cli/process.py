@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from megascale.errors import UserError
-from megascale.launcher.environment import is_launched
+from megascale.launcher.environment import ProcessInfo, is_launched
+from megascale.launcher.failure import describe, launcher_speaks, leave_note
 from megascale.launcher.local import launch_local
 
 if TYPE_CHECKING:
@@ -36,24 +40,60 @@ def launch_ranks(nproc: int | None, log_dir: Path) -> bool:
 
 
 @contextmanager
-def distributed_process(device_name: str) -> Iterator[torch.device]:
-    """This process's device, inside the initialised default process group."""
+def distributed_process(device_name: str, timeout_s: int = 600) -> Iterator[torch.device]:
+    """This process's device, inside the initialised default process group.
+
+    An error of this rank is made known to the launcher and to the other ranks before the
+    connections are closed.
+
+    Args:
+        timeout_s: longest wait for the other ranks in a collective, in seconds.
+    """
     import torch.distributed as dist
 
     from megascale.launcher.environment import process_info
     from megascale.launcher.rendezvous import choose_device, init_distributed
 
     info = process_info()
-    device = choose_device(device_name, info)
-    init_distributed(info, device)
+    if launcher_speaks():
+        faulthandler.register(signal.SIGUSR2, all_threads=False)  # where is a silent rank?
     try:
-        yield device
-    except UserError:
-        raise
-    else:
-        dist.barrier()  # nobody leaves while another rank still needs it
+        with _failure_is_told(info):
+            device = choose_device(device_name, info)
+            init_distributed(info, device, timedelta(seconds=timeout_s))
+            yield device
+            dist.barrier()  # nobody leaves while another rank still needs it
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _failure_is_told(info: ProcessInfo) -> Iterator[None]:
+    """Leave a note of an error; where `launch_local` speaks, a rank that lost its peer does not."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from megascale.launcher.rendezvous import first_failure
+
+    try:
+        yield
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        failure = describe(error, info.rank)
+        leave_note(failure)
+        if failure.lost_peer and launcher_speaks():
+            if info.rank:  # into its log
+                traceback.print_exc()
+            raise SystemExit(getattr(error, "exit_code", 1)) from None
+        if info.world_size > 1 and dist.is_initialized():
+            if not launcher_speaks():
+                get_error_handler().record_exception(error)  # torchrun's, if that started us
+            told = first_failure(f"rank {info.rank}: {failure.text}", cause=not failure.lost_peer)
+            if told and failure.lost_peer:
+                print(f"the first failure was that of {told}", file=sys.stderr, flush=True)
+        raise
 
 
 def _without_nproc(arguments: list[str]) -> list[str]:

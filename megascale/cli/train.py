@@ -42,7 +42,7 @@ def _train(config: Config, resume: bool) -> None:
 
     from megascale.training.assemble import assemble
 
-    with distributed_process(config.run.device) as device:
+    with distributed_process(config.run.device, config.parallel.collective_timeout_s) as device:
         run = assemble(config, device, resume=resume, console=Console())
         try:
             run.trainer.fit()

@@ -18,8 +18,15 @@ from megascale.cli.process import distributed_process
 from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.errors import UserError
+from megascale.launcher.failure import read_notes
 from megascale.launcher.local import launch_local
-from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
+from megascale.verification.layout import (
+    SINGLE,
+    Layout,
+    legal_layouts,
+    pairwise,
+    parse_layouts,
+)
 
 if TYPE_CHECKING:
     from megascale.verification.report import Row
@@ -29,7 +36,12 @@ app = typer.Typer(help="Prove that layouts and resumes are the same training.")
 # The config's own optimizer, and SGD without clipping: Adam and clipping hide scale.
 SGD = ("optimizer.name=sgd", "optimizer.lr=0.02", "optimizer.grad_clip=0.0")
 SGD_RESETS = ("optimizer.betas=[0.9, 0.95]", "optimizer.eps=1.0e-8")
-VARIANTS = {"config": (), "sgd": (*SGD_RESETS, *SGD)}
+VARIANTS = ("config", "sgd")
+
+# Divided by the root of its own noise, a gradient of rounding moves a weight by a whole step, in a
+# direction that rounding decides: with a smaller eps the single process differs from itself.
+LEAST_EPS = 1e-6
+_HAVE_EPS = ("adamw", "lamb", "muon")
 
 
 @app.command()
@@ -37,9 +49,15 @@ def layout(
     config: ConfigFile,
     overrides: Overrides = None,
     layouts: Annotated[
-        str, typer.Option(help='"auto", or layouts such as "dp=4;tp=2,dp=2,zero=1".')
+        str,
+        typer.Option(
+            help='"auto": every legal one; "pairwise": a few of them with every pair of choices; '
+            'or layouts such as "dp=4;tp=2,dp=2,zero=1".'
+        ),
     ] = "auto",
-    nproc: Annotated[int, typer.Option(min=1, help="Processes of the layouts of auto.")] = 2,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes of the layouts of auto and pairwise.")
+    ] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -71,9 +89,11 @@ def ranks(
     """What each process of a layout runs; started by `verify layout`."""
     from megascale.verification.record import record_run
 
-    with distributed_process(device) as place:
+    timeout_s = _load(config, overrides or (), SINGLE).parallel.collective_timeout_s
+    with distributed_process(device, timeout_s) as place:
         for chosen in parse_layouts(layouts):
-            for variant, changes in VARIANTS.items():
+            for variant in VARIANTS:
+                changes = _changes(config, overrides or (), variant)
                 checked = _load(config, [*(overrides or ()), *changes], chosen)
                 record_run(checked, place, steps, folder / str(chosen) / variant)
             (folder / str(chosen) / "done").touch()
@@ -174,6 +194,15 @@ def resume_ranks(
             resumed_run(checked, place, steps, saved, folder / "resumed.json")
 
 
+def _changes(config: Path, overrides: Sequence[str], variant: str) -> tuple[str, ...]:
+    """What a variant changes in the config."""
+    if variant == "sgd":
+        return (*SGD_RESETS, *SGD)
+    optimizer = _load(config, overrides, SINGLE).optimizer
+    raised = optimizer.name in _HAVE_EPS and optimizer.eps < LEAST_EPS
+    return (f"optimizer.eps={LEAST_EPS:.1e}",) if raised else ()
+
+
 def _load(config: Path, overrides: Sequence[str], chosen: Layout) -> Config:
     everything = [*overrides, *chosen.overrides()]
     return load_config(config, everything, checks=all_checks(), world_size=chosen.world_size)
@@ -182,8 +211,9 @@ def _load(config: Path, overrides: Sequence[str], chosen: Layout) -> Config:
 def _choose(config: Path, overrides: list[str], text: str, nproc: int) -> list[Layout]:
     """The layouts to verify, each checked; the single process must be legal too."""
     _load(config, overrides, SINGLE)
-    if text == "auto":
-        return list(legal_layouts(nproc, lambda one: _load(config, overrides, one)))
+    if text in ("auto", "pairwise"):
+        legal = legal_layouts(nproc, lambda one: _load(config, overrides, one))
+        return list(legal) if text == "auto" else pairwise(legal)
     chosen = parse_layouts(text)
     for one in chosen:
         _load(config, overrides, one)
@@ -223,8 +253,17 @@ def _run_all(
                 shutil.rmtree(folder / str(one), ignore_errors=True)
                 waiting.remove(one)
             if code and waiting:
-                rows.append(Row(waiting.pop(0), {}, f"its processes ended with code {code}"))
+                failure = _failure(folder / "logs", size)
+                failure = failure or f"its processes ended with code {code}"
+                rows.append(Row(waiting.pop(0), {}, failure))
     return rows
+
+
+def _failure(log_dir: Path, size: int) -> str:
+    """What the rank that failed first noted; "" for one that died without a word."""
+    notes = read_notes(log_dir, size)
+    first = min(notes.values(), key=lambda note: (note.lost_peer, note.time_s), default=None)
+    return "" if first is None else f"rank {first.rank}: {first.text}"
 
 
 def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -> Row:
@@ -232,8 +271,9 @@ def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -
     from megascale.verification.record import read_record
     from megascale.verification.report import Row
 
-    verdicts = {}
-    for variant, changes in VARIANTS.items():
+    verdicts, costs = {}, {}
+    for variant in VARIANTS:
+        changes = _changes(config, overrides, variant)
         checked = _load(config, [*overrides, *changes], chosen)
         tolerance = FP32 if checked.precision.dtype == "fp32" else BF16
         found = read_record(folder / str(chosen) / variant, chosen.world_size)
@@ -243,7 +283,9 @@ def _compare(config: Path, overrides: list[str], chosen: Layout, folder: Path) -
             micro = train.global_batch_size // (train.micro_batch_size * chosen.dp)
             lr = checked.optimizer.lr
             verdicts[variant] = compare(found, expected, chosen, tolerance, micro, lr)
-    return Row(chosen, verdicts)
+            costs[variant] = found.sent, found.held
+    sent, held = costs["config"]
+    return Row(chosen, verdicts, sent=sent, held=held)
 
 
 def _print(rows: list[Row], as_json: bool, console: Console) -> None:

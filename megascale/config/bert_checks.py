@@ -78,7 +78,6 @@ BERT_CHECKS: tuple[Check, ...] = (
             "data.isolate_documents",
         )
     ),
-    _only_gpt("parallel.sequence_parallel"),
     Check(("model.family", "model.activation"), bert_has_no_gate),
     Check(
         ("model.family", "model.num_token_types", "data.sentence_objective"),

@@ -1,8 +1,8 @@
 """Rules that join several settings, as a table of small functions.
 
 A check tells which settings it reads; it is left out when one of them is invalid. Nothing here
-changes a config. Three kinds: arithmetic that must come out even, settings that would be ignored
-beside others, and settings whose part of the program is not built yet.
+changes a config. Two kinds: arithmetic that must come out even, and settings that would be ignored
+beside others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megascale.config.rules import Check, divisors_near, neighbours
 from megascale.config.rules import among as _among
 from megascale.config.rules import either as _either
 from megascale.config.rules import ignored as _ignored
-from megascale.config.rules import not_built as _not_built
 from megascale.config.schema import Config, read_path
 
 # Arithmetic -----------------------------------------------------------------------------------
@@ -174,6 +173,12 @@ _IGNORED = (
         for name in ("virtual_pipeline_stages", "pipeline_schedule", "layers_per_stage")
     ),
     _ignored(
+        "parallel.context_parallel_method",
+        "parallel.context_parallel_size",
+        lambda size: size != 1,
+        "several ranks share a sample",
+    ),
+    _ignored(
         "optimizer.momentum",
         "optimizer.name",
         _among("sgd", "muon"),
@@ -217,12 +222,6 @@ _IGNORED = (
         "keep_last lets the others go",
     ),
 )
-
-
-# Not built yet --------------------------------------------------------------------------------
-
-
-_NOT_BUILT = (_not_built("parallel.context_parallel_size", (1,), "context parallelism is"),)
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
 _LAYOUT = (
@@ -278,14 +277,19 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     ),
     Check(("evaluation.prompts", "model.family"), recipe_checks.prompts_need_gpt),
     Check(
-        ("checkpoint.keep_last", "checkpoint.save_interval", "checkpoint.save_minutes"),
-        recipe_checks.keeping_needs_saving,
+        (
+            *("checkpoint.keep_best", "evaluation.interval", "model.family"),
+            *("data.split", "data.validation", "data.sentence_objective"),
+        ),
+        recipe_checks.best_is_a_metric,
     ),
     Check(
-        ("checkpoint.keep_best", "data.split", "data.validation", "evaluation.interval"),
-        recipe_checks.best_is_a_metric,
+        (
+            *("checkpoint.keep_last", "checkpoint.keep_best"),
+            *("checkpoint.save_interval", "checkpoint.save_minutes"),
+        ),
+        recipe_checks.something_is_pruned,
     ),
     *_IGNORED,
     *BERT_CHECKS,
-    *_NOT_BUILT,
 )

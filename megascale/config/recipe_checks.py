@@ -96,14 +96,25 @@ def prompts_need_gpt(config: Config, world_size: int | None) -> Iterator[Problem
         yield Problem("evaluation.prompts", list(config.evaluation.prompts), rule, "leave it out")
 
 
+def scores(config: Config) -> list[str]:
+    """What the validations of a run measure, as SET_SCORE: `EvaluationResult.scores` by set."""
+    names = ["loss", "perplexity"]
+    if config.model.family == "bert":
+        names.append("masked_lm_accuracy")
+        second = config.data.sentence_objective
+        if second != "none":
+            names += ["masked_lm_loss", f"{second}_loss", f"{second}_accuracy"]
+    return [f"{split}_{name}" for split in config.data.validation_names for name in names]
+
+
 def best_is_a_metric(config: Config, world_size: int | None) -> Iterator[Problem]:
     """What is to be kept best is measured, more than once."""
     metric = config.checkpoint.keep_best
     if metric is None:
         return
-    known = [f"{name}_loss" for name in config.data.validation_names]
+    known = scores(config)
     if metric not in known:
-        rule = "must be the loss of a validation set"
+        rule = "must be a score of a validation set"
         hint = f"one of {', '.join(known)}" if known else "give data.split a second part"
         yield Problem("checkpoint.keep_best", metric, rule, hint)
     elif not config.evaluation.interval:
@@ -113,10 +124,11 @@ def best_is_a_metric(config: Config, world_size: int | None) -> Iterator[Problem
         )
 
 
-def keeping_needs_saving(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """The newest of several are kept only where a run saves several."""
-    saving = config.checkpoint
-    if saving.keep_last is not None and not saving.save_interval and saving.save_minutes is None:
-        rule = "has an effect only when checkpoints are saved during the run"
-        hint = "leave it out, or set checkpoint.save_interval or checkpoint.save_minutes"
-        yield Problem("checkpoint.keep_last", saving.keep_last, rule, hint)
+def something_is_pruned(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """A run that saves only at its end has one checkpoint."""
+    checkpoint = config.checkpoint
+    during = checkpoint.save_interval or checkpoint.keep_best or checkpoint.save_minutes
+    if checkpoint.keep_last and not during:
+        rule = "has an effect only when checkpoints are saved during the run; save_interval is 0"
+        hint = "leave it out, or set save_interval, save_minutes or keep_best"
+        yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, hint)

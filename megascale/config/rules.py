@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from megascale.config.problems import Problem, show_value
+from megascale.config.problems import Problem
 from megascale.config.schema import Config, leaf_fields, read_path
 
 CheckFunction = Callable[[Config, "int | None"], Iterable[Problem]]
@@ -65,17 +65,3 @@ def ignored(path: str, beside: str, used: Callable[[object], bool], when: str) -
 def among(*values: str) -> Callable[[object], bool]:
     """Whether a setting has one of these values, for `ignored`."""
     return lambda value: value in values
-
-
-def not_built(path: str, built: tuple[object, ...], part: str) -> Check:
-    """A setting that works with some of its values so far."""
-
-    def run(config: Config, world_size: int | None) -> Iterator[Problem]:
-        value = read_path(config, path)
-        if value not in built:
-            rule = f"{part.format(value)} not built yet in this version"
-            works = " or ".join(show_value(choice).strip('"') for choice in built)
-            yield Problem(path, value, rule, f"{path} = {works}")
-
-    run.__name__ = f"not_built:{path}"
-    return Check((path,), run)

@@ -16,6 +16,7 @@ every epoch; their order, split, labels, other documents and masks are not.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -34,34 +35,45 @@ _ORDER, _SAMPLE, _EVALUATION = 1, 2, 3
 _SPLIT, _LABEL, _DOCUMENT, _RUN, _SENTENCE, _MASKS = range(6)
 
 
+@dataclass(frozen=True)
+class SampleForm:
+    """What a sample looks like, whatever text it is made of.
+
+    Attributes:
+        seq_length: T, tokens of a sample, special ones and padding included.
+        vocabulary: special tokens and word boundaries.
+        masking: what is masked.
+        objective: the sentence objective.
+    """
+
+    seq_length: int
+    vocabulary: MaskedVocabulary
+    masking: Masking
+    objective: SentenceObjective
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of text that a sample holds."""
+        return self.seq_length - (2 if self.objective == "none" else 3)
+
+
 class _SampleBuilder:
     """Samples out of the runs of one part of a corpus; what both datasets share.
 
     Args:
         corpus: a sequence of it is a sentence.
         token_range: (start, stop) of the part, from `TokenCorpus.split`.
-        seq_length: T, tokens of a sample, special ones and padding included.
-        vocabulary: special tokens and word boundaries.
-        masking: what is masked.
-        objective: the sentence objective.
+        form: of the samples.
 
     Raises:
         UserError: seq_length leaves no room for text, the part is empty, or nsp has only one
             document to take other text from.
     """
 
-    def __init__(
-        self,
-        corpus: TokenCorpus,
-        token_range: tuple[int, int],
-        seq_length: int,
-        vocabulary: MaskedVocabulary,
-        masking: Masking,
-        objective: SentenceObjective,
-    ) -> None:
-        self.corpus, self.token_range, self.seq_length = corpus, token_range, seq_length
-        self.vocabulary, self.masking, self.objective = vocabulary, masking, objective
-        self.capacity = seq_length - (2 if objective == "none" else 3)
+    def __init__(self, corpus: TokenCorpus, token_range: tuple[int, int], form: SampleForm) -> None:
+        self.corpus, self.token_range, self.form = corpus, token_range, form
+        self.vocabulary, self.objective = form.vocabulary, form.objective
+        self.capacity = form.capacity
         self._check()
 
     @functools.cached_property
@@ -78,7 +90,7 @@ class _SampleBuilder:
 
     def build(self, runs: np.ndarray, keys: list[int]) -> dict[str, np.ndarray]:
         """Samples over the given runs, each with a key of its own; see `BERTDataset.batch`."""
-        shape = (len(runs), self.seq_length)
+        shape = (len(runs), self.form.seq_length)
         input_ids = np.full(shape, self.vocabulary.pad_id, dtype=np.int64)
         segments = np.full(shape, -1, dtype=np.int64)
         token_types = np.zeros(shape, dtype=np.int64)
@@ -98,7 +110,7 @@ class _SampleBuilder:
             attention[row, :place] = 1
         mask_keys = np.array([derive_key(key, _MASKS) for key in keys], dtype=np.uint64)
         input_ids, labels = mask_tokens(
-            input_ids, segments, mask_keys, self.vocabulary, self.masking
+            input_ids, segments, mask_keys, self.vocabulary, self.form.masking
         )
         batch = {
             "input_ids": input_ids,
@@ -163,9 +175,9 @@ class _SampleBuilder:
         assert 0 <= start <= stop <= self.corpus.num_tokens
         least = 1 if self.objective == "none" else 2
         if self.capacity < least:
-            special = self.seq_length - self.capacity
+            special = self.form.seq_length - self.capacity
             raise UserError(
-                f"seq_length {self.seq_length}",
+                f"seq_length {self.form.seq_length}",
                 rule=f"a sample holds {special} special tokens and at least {least} of text",
                 remedy=f"model.seq_length >= {special + least}",
             )
@@ -194,24 +206,15 @@ class BERTDataset:
     other without end; in each, every run comes once, in an order of its own.
 
     Args:
-        corpus, token_range, seq_length, vocabulary, masking, objective: see `_SampleBuilder`.
+        corpus, token_range, form: see `_SampleBuilder`.
         seed: any integer.
     """
 
     def __init__(
-        self,
-        corpus: TokenCorpus,
-        token_range: tuple[int, int],
-        seq_length: int,
-        seed: int,
-        vocabulary: MaskedVocabulary,
-        masking: Masking,
-        objective: SentenceObjective,
+        self, corpus: TokenCorpus, token_range: tuple[int, int], form: SampleForm, seed: int
     ) -> None:
-        self._builder = _SampleBuilder(
-            corpus, token_range, seq_length, vocabulary, masking, objective
-        )
-        self.seq_length = seq_length
+        self._builder = _SampleBuilder(corpus, token_range, form)
+        self.seq_length = form.seq_length
         self._key = derive_key(int(corpus.fingerprint, 16), seed)
 
     @property
@@ -245,22 +248,12 @@ class BERTEvaluationDataset:
     """Every run of one part of a corpus, once, in order; masked and paired always alike.
 
     Args:
-        corpus, token_range, seq_length, vocabulary, masking, objective: see `_SampleBuilder`.
+        corpus, token_range, form: see `_SampleBuilder`.
     """
 
-    def __init__(
-        self,
-        corpus: TokenCorpus,
-        token_range: tuple[int, int],
-        seq_length: int,
-        vocabulary: MaskedVocabulary,
-        masking: Masking,
-        objective: SentenceObjective,
-    ) -> None:
-        self._builder = _SampleBuilder(
-            corpus, token_range, seq_length, vocabulary, masking, objective
-        )
-        self.seq_length = seq_length
+    def __init__(self, corpus: TokenCorpus, token_range: tuple[int, int], form: SampleForm) -> None:
+        self._builder = _SampleBuilder(corpus, token_range, form)
+        self.seq_length = form.seq_length
         # No seed: runs with different seeds are measured on the same task.
         self._key = derive_key(int(corpus.fingerprint, 16), _EVALUATION)
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megascale.config.checks import Check
 from megascale.config.problems import ConfigError, Problem
+from megascale.config.rules import either, neighbours
 from megascale.config.schema import Config, read_path
 from megascale.engine.pipeline_checks import CHECKS as PIPELINE_CHECKS
 from megascale.parallel.pipeline import SCHEDULES
@@ -203,7 +204,7 @@ def _tensor_parallel_fits(config: Config, world_size: int | None) -> Iterator[Pr
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_kv_heads", model.resolved_num_kv_heads),
     ]
-    if config.parallel.sequence_parallel:
+    if config.parallel.sequence_parallel and config.parallel.context_parallel_size == 1:
         divided.append(("model.seq_length", model.seq_length))
     for path, value in divided:
         if value % size:
@@ -225,11 +226,56 @@ def _tensor_parallel_fits(config: Config, world_size: int | None) -> Iterator[Pr
         )
 
 
+def _context_parallel_fits(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Two equal chunks of the sequence on each rank, and for ulysses whole heads."""
+    del world_size
+    model, parallel = config.model, config.parallel
+    size, tensor = parallel.context_parallel_size, parallel.tensor_parallel_size
+    if size == 1:
+        return
+    if model.seq_length % parallel.sequence_multiple:
+        multiple = parallel.sequence_multiple
+        equation = f"2 * parallel.context_parallel_size = 2 * {size} chunks, two a rank"
+        if parallel.sequence_parallel:
+            equation += f", which its {tensor} tensor-parallel ranks share once more"
+        near = either(neighbours(model.seq_length, multiple))
+        yield Problem(
+            path="model.seq_length",
+            value=model.seq_length,
+            rule=f"must be a multiple of {multiple}: it is cut into {equation}",
+            hint=f"model.seq_length = {near}, or fewer context-parallel ranks",
+        )
+    heads = model.num_attention_heads
+    if parallel.context_parallel_method == "ulysses" and heads % (tensor * size):
+        legal = [n for n in range(1, size + 1) if heads % (tensor * n) == 0]
+        fewer = f"parallel.context_parallel_size = {legal[-1]}, or " if legal else ""
+        yield Problem(
+            path="parallel.context_parallel_method",
+            value="ulysses",
+            rule="every rank attends with whole heads: model.num_attention_heads / "
+            "(parallel.tensor_parallel_size * parallel.context_parallel_size) = "
+            f"{heads} / ({tensor} * {size}) = {heads / (tensor * size):.4g} must be an integer",
+            hint=f"{fewer}parallel.context_parallel_method = ring, which takes any number of heads",
+        )
+
+
 CHECKS: tuple[Check, ...] = (
+    Check(
+        reads=(
+            "parallel.context_parallel_size",
+            "parallel.context_parallel_method",
+            "parallel.tensor_parallel_size",
+            "parallel.sequence_parallel",
+            "model.num_attention_heads",
+            "model.seq_length",
+        ),
+        run=_context_parallel_fits,
+    ),
     Check(
         reads=(
             "parallel.tensor_parallel_size",
             "parallel.sequence_parallel",
+            "parallel.context_parallel_size",
             "model.num_attention_heads",
             "model.num_kv_heads",
             "model.seq_length",

@@ -42,7 +42,7 @@ def _configuration(
     stage: int,
     micro_batch_size: int,
     num_micro_batches: int,
-    dp_size: int,
+    data_size: int,
     grad_clip: float,
     hidden_size: int,
     scaling: LossScaling,
@@ -54,7 +54,7 @@ def _configuration(
     bucket = min(_MAX_BUCKET, sum(p.numel() for p in module.parameters()))
     bucket += bucket % 2  # stages 1 and 2 refuse a bucket that is no multiple of their alignment
     return {
-        "train_batch_size": micro_batch_size * num_micro_batches * dp_size,
+        "train_batch_size": micro_batch_size * num_micro_batches * data_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": grad_clip,
@@ -141,7 +141,7 @@ class DeepSpeedEngine:
                 stage,
                 micro_batch_size,
                 num_micro_batches,
-                mesh.dp_size,
+                mesh.data_size,
                 recipe.grad_clip,
                 hidden_size,
                 scaling,
@@ -171,7 +171,7 @@ class DeepSpeedEngine:
         if len(micro_batches) != self._num_micro_batches:
             self._set_accumulation(len(micro_batches))
         # DeepSpeed averages gradients over the data-parallel group.
-        scale = (self._mesh.dp_size / total_targets).to(self._device, torch.float32)
+        scale = (self._mesh.data_size / total_targets).to(self._device, torch.float32)
         total = torch.zeros_like(scale)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, _ = self._engine(**micro_batch)
@@ -184,7 +184,7 @@ class DeepSpeedEngine:
     def _run_pipeline(
         self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
-        scale = (self._scaler.scale * self._mesh.dp_size / total_targets).to(
+        scale = (self._scaler.scale * self._mesh.data_size / total_targets).to(
             self._device, torch.float32
         )
         half = next(iter(self._params.values())).dtype != torch.float32
@@ -322,7 +322,7 @@ class DeepSpeedEngine:
         """Another number of micro-batches from this step on (a ramp of the batch size)."""
         self._num_micro_batches = num_micro_batches
         self._engine.set_train_batch_size(
-            self._micro_batch_size * num_micro_batches * self._mesh.dp_size
+            self._micro_batch_size * num_micro_batches * self._mesh.data_size
         )
         self._zero.gradient_accumulation_steps = num_micro_batches
         self._align_micro_steps()

@@ -18,16 +18,16 @@ class Mpu:
         self._mesh = mesh
 
     def get_data_parallel_rank(self) -> int:
-        """Rank along dp."""
-        return self._mesh.dp_rank
+        """Rank along dp x cp: replicas of the weights."""
+        return self._mesh.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Size of dp."""
-        return self._mesh.dp_size
+        """Size of dp x cp."""
+        return self._mesh.data_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Group of dp."""
-        return self._mesh.dp_group
+        """Group of dp x cp."""
+        return self._mesh.data_group
 
     def get_model_parallel_rank(self) -> int:
         """Rank among pp x tp."""

@@ -238,7 +238,7 @@ class ReplicatedEngine(TorchEngine):
             for param in self._params.values():
                 param.data = param.data.to(dtype)
         self._masters = {name: master.requires_grad_() for name, master in masters.items()}
-        group = mesh.dp_group if mesh.dp_size > 1 else None
+        group = mesh.data_group if mesh.data_size > 1 else None
         self._reducer = GradientReducer(list(self._params.values()), group)
         if layout is not None:
             self._pipeline = Pipeline(module, layout, mesh, dtype)
@@ -286,7 +286,7 @@ class ReplicatedEngine(TorchEngine):
         return 0
 
     def _is_owner(self) -> bool:
-        return self._mesh.dp_rank == 0
+        return self._mesh.data_rank == 0
 
 
 class ShardedEngine(TorchEngine):
@@ -317,15 +317,15 @@ class ShardedEngine(TorchEngine):
     ) -> None:
         super().__init__(module, recipe, mesh, placements, scaling)
         self._stage = stage
-        dp_mesh = mesh.device_mesh["dp"]
+        data_mesh = mesh.data_mesh
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
         for block in blocks:
-            fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
-        fully_shard(module, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+            fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+        fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
         self._params: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
         # Empty shards too: every rank's optimizer lists the same parameters in the same order.
         shards = {name: p.to_local().detach() for name, p in self._params.items()}
@@ -341,7 +341,7 @@ class ShardedEngine(TorchEngine):
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = (self._scaler.scale * self._mesh.dp_size / total_targets).to(
+        scale = (self._scaler.scale * self._mesh.data_size / total_targets).to(
             self._device, torch.float32
         )
         if self._pipeline is not None:
@@ -411,8 +411,8 @@ class ShardedEngine(TorchEngine):
         return gradients
 
     def _shard_groups(self) -> list[dist.ProcessGroup]:
-        over_dp = [self._mesh.dp_group] if self._mesh.dp_size > 1 else []
-        return over_dp + super()._shard_groups()
+        over_data = [self._mesh.data_group] if self._mesh.data_size > 1 else []
+        return over_data + super()._shard_groups()
 
     def _after_update(self) -> None:
         self._reshard()
@@ -425,8 +425,8 @@ class ShardedEngine(TorchEngine):
 
     def _start(self, name: str) -> int:
         shape = self._params[name].shape
-        rows = -(-shape[0] // self._mesh.dp_size)  # torch.chunk: every rank but the last the same
-        return self._mesh.dp_rank * rows * (self._params[name].numel() // shape[0])
+        rows = -(-shape[0] // self._mesh.data_size)  # torch.chunk: every rank but the last the same
+        return self._mesh.data_rank * rows * (self._params[name].numel() // shape[0])
 
     def _is_owner(self) -> bool:
         return True

@@ -189,13 +189,10 @@ def _small_files(
     dtype: torch.dtype,
 ) -> dict[str, bytes]:
     """config.json, generation_config.json, the model card and the tokenizer."""
-    ids = {
-        "bos_token_id": None,
-        "eos_token_id": None if tokenizer is None else tokenizer.eod_id,
-        "pad_token_id": None,
-    }
+    ids = _special_ids(family, tokenizer)
+    architecture, _ = family.loaded_by(reader.manifest.parameters)
     described = {
-        "architectures": [family.architecture],
+        "architectures": [architecture],
         "model_type": family.model_type,
         **family.write_config(config.model),
         "torch_dtype": DTYPE_NAMES[dtype],
@@ -203,14 +200,24 @@ def _small_files(
     }
     files = {
         "config.json": _json(described),
-        "generation_config.json": _json({"_from_model_config": True, **ids}),
         "README.md": model_card(reader.manifest, config, family).encode(),
     }
+    if family.continues_texts:
+        files["generation_config.json"] = _json({"_from_model_config": True, **ids})
     for entry in reader.manifest.files:
         folder, _, name = entry.path.rpartition("/")
         if folder == "tokenizer":
             files[name] = reader.attachment(entry.path)
     return files
+
+
+def _special_ids(family: Family, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Special tokens of config.json: the end of a text, or what a masked model pads with."""
+    if family.continues_texts:
+        eos = None if tokenizer is None else tokenizer.eod_id
+        return {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
+    tokens = None if tokenizer is None else tokenizer.bert_tokens
+    return {"pad_token_id": None if tokens is None else tokens.ids["pad"]}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

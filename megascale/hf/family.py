@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +20,7 @@ _WITHOUT_EFFECT = (
     *("_attn_implementation*", "attn_implementation", "cache_implementation", "use_bfloat16"),
     *("chunk_size_feed_forward", "gradient_checkpointing", "unsloth_*", "_commit_hash"),
 )
+EMBEDDING = "model.embedding.tokens.weight"
 # What decides nothing about the function that a model computes, when two models are compared.
 _NOT_COMPARED = ("dropout", "attention_dropout", "init_std")
 
@@ -51,6 +52,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The class of transformers for models of a family that have a certain parameter.
+
+    Attributes:
+        parameter: name of ours.
+        architecture, auto_class: as in `Family`.
+    """
+
+    parameter: str
+    architecture: str
+    auto_class: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One `model_type`.
 
@@ -63,8 +78,15 @@ class Family:
         without_effect: more config.json fields that decide nothing, as patterns.
         skipped: tensors of theirs that are no parameters (buffers of old versions), as patterns.
         aliases: other names of tensors in newer or older files -> the name in `rows`.
-        tied_head: the tensor that a tied model may hold a second time; "" for none.
+        old_ends: ends of names in old files -> those in `rows`.
+        copies: tensors that a file may hold beside or instead of a tied one -> the parameter of
+            ours that both are.
+        heads: parameters of ours, as patterns: what matches one of them may be absent from a file
+            as a whole, and is drawn then; tensors of a head that a model lacks are left out.
+        sentence_head: the tensor that says that a file has a sentence objective; "" for families
+            without one.
         auto_class: transformers' class that loads it by its folder, for the model card.
+        variants: classes of models with more heads; the first whose parameter is there.
         pipeline_tag: what it does in the hub's words, for the model card.
     """
 
@@ -76,9 +98,18 @@ class Family:
     without_effect: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    tied_head: str = "lm_head.weight"
+    old_ends: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": EMBEDDING})
+    heads: tuple[str, ...] = ()
+    sentence_head: str = ""
     auto_class: str = "AutoModelForCausalLM"
+    variants: tuple[Variant, ...] = ()
     pipeline_tag: str = "text-generation"
+
+    @property
+    def continues_texts(self) -> bool:
+        """Whether its models generate, and so have settings of generation."""
+        return self.pipeline_tag == "text-generation"
 
     def read_config(self, theirs: Values) -> dict[str, Any]:
         """Settings of `model` for a config.json.
@@ -160,8 +191,27 @@ class Family:
             )
         return found
 
-    def canonical_name(self, name: str, expected: Mapping[str, Any]) -> str:
+    def head_tensors(self) -> set[str]:
+        """Names of theirs that belong to a head which a file or a model may lack."""
+        return {
+            entry.theirs
+            for row in self.rows
+            for entry in _expanded(row, 0)
+            if any(fnmatchcase(entry.ours[0], pattern) for pattern in self.heads)
+        }
+
+    def loaded_by(self, parameters: Container[str]) -> tuple[str, str]:
+        """(architecture, auto_class) of transformers for a model with these parameters."""
+        for variant in self.variants:
+            if variant.parameter in parameters:
+                return variant.architecture, variant.auto_class
+        return self.architecture, self.auto_class
+
+    def canonical_name(self, name: str, expected: Container[str]) -> str:
         """The name in `rows` of a tensor in a file, which may be spelt in an older way."""
+        for old, new in self.old_ends.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
         name = self.aliases.get(name, name)
         return (
             name if name in expected or self.prefix + name not in expected else self.prefix + name

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megascale.hf.family import Family, Row
+from megascale.hf.family import Family
 from megascale.hf.fields import Always, LayerTypes, Only, Same, table
 from megascale.hf.gemma2 import GEMMA_NORMS, GEMMA_STYLE
-from megascale.hf.llama import ATTENTION, GATED_MLP, OUTSIDE_LAYERS, sizes
+from megascale.hf.llama import ATTENTION, GATED_MLP, OUTSIDE_LAYERS, head_norms, sizes
 from megascale.hf.rope import RopeByLayerType
 
 GEMMA3 = Family(
@@ -23,14 +23,7 @@ GEMMA3 = Family(
     rows=(
         *OUTSIDE_LAYERS,
         *ATTENTION,
-        Row(
-            "model.layers.{layer}.self_attn.q_norm.weight",
-            "model.layers.{layer}.attention.query_norm.offset",
-        ),
-        Row(
-            "model.layers.{layer}.self_attn.k_norm.weight",
-            "model.layers.{layer}.attention.key_norm.offset",
-        ),
+        *head_norms("offset"),
         *GATED_MLP,
         *GEMMA_NORMS,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megascale.hf.family import Family, Row
+from megascale.hf.family import EMBEDDING, Family, Row
 from megascale.hf.fields import Always, Dropouts, Same, table
 from megascale.hf.layouts import INTERLEAVED_HEADS
 from megascale.hf.llama import sizes
@@ -69,5 +69,5 @@ GPT_NEOX = Family(
     without_effect=("classifier_dropout",),
     skipped=("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq"),
     aliases={"lm_head.weight": "embed_out.weight"},
-    tied_head="embed_out.weight",
+    copies={"embed_out.weight": EMBEDDING},
 )

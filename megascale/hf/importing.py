@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.name_lists import folded
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorStream
 from megascale.checkpoint.writer import write_weights
@@ -25,8 +24,10 @@ from megascale.errors import UserError
 from megascale.hf.family import Entry, Family
 from megascale.hf.fields import simplified
 from megascale.hf.layouts import Shape
+from megascale.hf.matching import match_tensors
 from megascale.hf.registry import family_of
 from megascale.hf.source import SafetensorsFolder, TensorSource
+from megascale.models.initialization import initial_value
 
 NO_DATA = "imported-weights-have-no-data"
 """data.path in the config inside an imported checkpoint: a config has one, an import none."""
@@ -43,6 +44,10 @@ class Imported:
     config_file: str
     family: str
     num_parameters: int
+    drawn: tuple[str, ...] = ()
+    """Parameters of heads that the files lack, drawn as those of a new model are."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of heads that the model has no use for."""
 
 
 def open_source(path: str) -> TensorSource:
@@ -55,7 +60,11 @@ def open_source(path: str) -> TensorSource:
 
 
 def import_model(
-    path: str, out: str, shapes_of: ShapesOf, dtype: torch.dtype | None = None
+    path: str,
+    out: str,
+    shapes_of: ShapesOf,
+    dtype: torch.dtype | None = None,
+    sentence_objective: str | None = None,
 ) -> Imported:
     """Write `out`/checkpoints/step_00000000 and `out`/config.yaml from a model of transformers.
 
@@ -65,6 +74,8 @@ def import_model(
         shapes_of: parameter names and shapes of the model that a config describes.
         dtype: in which weights are stored; None: each as it is found. Training reads any of them
             into fp32 masters.
+        sentence_objective: "none", "nsp" or "sop", which files of a BERT do not tell apart; None:
+            nsp where the files have a head for it.
 
     Raises:
         UserError: a family, setting, tensor or vocabulary that does not fit (all are listed).
@@ -80,21 +91,21 @@ def import_model(
     try:
         family = family_of(source.config, source.where)
         settings = simplified(family.read_config(source.config))
-        config = load_config({"model": settings, "data": {"path": NO_DATA}})
+        data = {"path": NO_DATA, **_objective(source, family, sentence_objective)}
+        config = load_config({"model": settings, "data": data})
         shapes = shapes_of(config)
         entries = family.entries(shapes, config.model.num_layers)
-        heads = config.model.num_attention_heads
-        names = _matched(source, family, entries, shapes, heads)
+        match = match_tensors(source, family, entries, shapes, config.model.num_attention_heads)
         files = source.tokenizer_files()
         _check_vocabulary(files, config.model, source.where)
-        tensors = _streams(source, entries, names, shapes, heads, dtype)
+        tensors = _streams(source, entries, match.stored, shapes, config, dtype)
         attachments = {f"tokenizer/{name}": content for name, content in files.items()}
         attachments["config.yaml"] = dump_config(config).encode()
         write_weights(
             storage.path("checkpoints"),
             "step_00000000",
             tensors,
-            {"imported_from": family.model_type},
+            {"imported_from": family.model_type, "drawn": list(match.drawn)},
             attachments,
             FILE_BYTES,
         )
@@ -104,62 +115,31 @@ def import_model(
     with storage.open_write("config.yaml") as stream:
         stream.write(_config_text(config, checkpoint, storage, source.where).encode())
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return Imported(checkpoint, storage.path("config.yaml"), family.model_type, total)
-
-
-def _matched(
-    source: TensorSource,
-    family: Family,
-    entries: list[Entry],
-    shapes: Mapping[str, Shape],
-    heads: int,
-) -> dict[str, str]:
-    """Name in the rows -> name in the files, when exactly the right tensors are there."""
-    wanted = {e.theirs: e.layout.shape([shapes[n] for n in e.ours], heads) for e in entries}
-    found: dict[str, str] = {}
-    extra = []
-    for name in source.names():
-        canonical = family.canonical_name(name, wanted)
-        if canonical in wanted:
-            found[canonical] = name
-        elif family.canonical_name(name, {family.tied_head: ()}) == family.tied_head:
-            found[family.tied_head] = name
-        elif not family.is_skipped(name):
-            extra.append(name)
-    lines = [f"missing: {name}" for name in wanted if name not in found]
-    lines += [f"not in the model: {name}" for name in extra]
-    for name, shape in wanted.items():
-        if name in found and source.shape(found[name]) != shape:
-            lines.append(f"{name}: the file has {source.shape(found[name])}, config.json {shape}")
-        elif name in found and not source.dtype(found[name]).is_floating_point:
-            lines.append(f"{name}: quantized ({source.dtype(found[name])})")
-    if lines:
-        raise UserError(
-            f"the tensors of {source.where} are not those of its config.json:\n    "
-            + "\n    ".join(folded(lines)),
-            rule=f"a {family.model_type} of this config.json has exactly one tensor of each name "
-            "and shape",
-            remedy="check config.json (vocab_size, tie_word_embeddings, ...) and copy the files "
-            "again",
-        )
-    if family.tied_head in found and family.tied_head not in wanted:
-        embedding = next(e.theirs for e in entries if e.ours[0].endswith("tokens.weight"))
-        _check_tied(source, found.pop(family.tied_head), found[embedding])
-    return found
-
-
-def _check_tied(source: TensorSource, head: str, embedding: str) -> None:
-    """A tied model may hold its head a second time, if it is the same."""
-    same = source.shape(head) == source.shape(embedding) and all(
-        torch.equal(a, b)
-        for a, b in zip(source.blocks(head), source.blocks(embedding), strict=True)
+    return Imported(
+        checkpoint,
+        storage.path("config.yaml"),
+        family.model_type,
+        total,
+        match.drawn,
+        match.left_out,
     )
-    if not same:
+
+
+def _objective(source: TensorSource, family: Family, wanted: str | None) -> dict[str, str]:
+    """data.sentence_objective for a family that has one: as wanted, or as the files look."""
+    if not family.sentence_head:
+        if wanted is None:
+            return {}
         raise UserError(
-            f"{source.where}: {head} differs from {embedding}, and tie_word_embeddings is true",
-            rule="tied weights are one tensor",
-            remedy="set tie_word_embeddings to false in config.json",
+            f"--sentence-objective {wanted} for {source.where}, a {family.model_type}",
+            rule="only a bert has a sentence objective",
+            remedy="leave it out",
         )
+    has_head = any(
+        family.canonical_name(name, {family.sentence_head}) == family.sentence_head
+        for name in source.names()
+    )
+    return {"sentence_objective": wanted or ("nsp" if has_head else "none")}
 
 
 def _streams(
@@ -167,16 +147,39 @@ def _streams(
     entries: list[Entry],
     names: Mapping[str, str],
     shapes: Mapping[str, Shape],
-    heads: int,
+    config: Config,
     dtype: torch.dtype | None,
 ) -> Iterator[TensorStream]:
+    heads = config.model.num_attention_heads
     for entry in entries:
-        stored = names[entry.theirs]
+        stored = names.get(entry.theirs)
+        if stored is None:
+            yield from _drawn(entry, shapes, config, dtype or torch.float32)
+            continue
         kept = dtype or source.dtype(stored)
         for index, name in enumerate(entry.ours):
             yield TensorStream(
                 name, kept, shapes[name], _Part(source, entry, stored, shapes, heads, index, kept)
             )
+
+
+def _drawn(
+    entry: Entry, shapes: Mapping[str, Shape], config: Config, dtype: torch.dtype
+) -> Iterator[TensorStream]:
+    """Parameters of a head as a new run of the same seed draws them."""
+    for name in entry.ours:
+
+        def blocks(name: str = name) -> Iterator[torch.Tensor]:
+            value = initial_value(
+                name,
+                shapes[name],
+                config.run.seed,
+                init_std=config.model.init_std,
+                num_layers=None,  # heads end no residual branch
+            )
+            yield value.to(dtype)
+
+        yield TensorStream(name, dtype, shapes[name], blocks)
 
 
 @dataclass(frozen=True)
@@ -223,14 +226,20 @@ def _config_text(config: Config, checkpoint: str, storage: Storage, where: str) 
     defaults = ModelConfig().model_dump(mode="json")
     given = config.model.model_dump(mode="json")
     model = {name: value for name, value in given.items() if value != defaults[name]}
+    objective = {"sentence_objective": config.data.sentence_objective}
+    objective = objective if config.data.sentence_objective != "none" else {}
     tree: dict[str, Any] = {
         "run": {"output_dir": storage.path("run")},
         "model": model,
+        **({"data": objective} if objective else {}),
         "checkpoint": {"init_from": checkpoint},
     }
+    bert = " --bert" if config.model.family == "bert" else ""
+    rotary = config.model.position_embedding == "rope"
+    free = "model.seq_length may be lowered; the rest of " if rotary else ""
     return (
         f"# {where} as a start for continued pretraining:\n"
+        f"#   python -m data_prep tokenize{bert} --tokenizer {checkpoint}/tokenizer ...\n"
         f"#   megascale train {storage.path('config.yaml')} data.path=...\n"
-        f"# with data tokenized by {checkpoint}/tokenizer. model.seq_length may be lowered where\n"
-        "# positions are rotary; the rest of model describes the weights.\n" + dump_yaml(tree)
+        f"# {free}model describes the weights.\n" + dump_yaml(tree)
     )

@@ -31,6 +31,13 @@ LLAMA_STYLE = Always(
     {"family": "gpt", "norm": "rmsnorm", "position_embedding": "rope", "bias": False}
 )
 
+LLAMA_LAYER = (
+    Same("hidden_act", "activation", "silu", GATED),
+    Same("rms_norm_eps", "norm_eps", 1e-6),
+    Same("tie_word_embeddings", "tie_word_embeddings", False),
+    Rope(),
+)
+
 ATTENTION_BIAS = Same("attention_bias", ("qkv_bias", "attention_output_bias"), False)
 
 OUTSIDE_LAYERS = (
@@ -70,6 +77,20 @@ NORMS = (
     Row("model.norm.weight", "model.final_norm.weight"),
 )
 
+LLAMA_ROWS = (*OUTSIDE_LAYERS, *ATTENTION, *GATED_MLP, *NORMS)
+
+
+def head_norms(parameter: str) -> tuple[Row, ...]:
+    """Rows of the norms of query and key heads, whose parameter is called weight or offset."""
+    return tuple(
+        Row(
+            f"model.layers.{{layer}}.self_attn.{theirs}_norm.weight",
+            f"model.layers.{{layer}}.attention.{ours}_norm.{parameter}",
+        )
+        for theirs, ours in (("q", "query"), ("k", "key"))
+    )
+
+
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -78,14 +99,11 @@ LLAMA = Family(
         sizes(vocab=32000, hidden=4096, ffn=11008, layers=32, heads=32, length=2048),
         Same("num_key_value_heads", "num_kv_heads", None),
         Same("head_dim", "head_dim", None),
-        Same("hidden_act", "activation", "silu", GATED),
-        Same("rms_norm_eps", "norm_eps", 1e-6),
-        Same("tie_word_embeddings", "tie_word_embeddings", False),
+        LLAMA_LAYER,
         ATTENTION_BIAS,
         Same("mlp_bias", "mlp_bias", False),
-        Rope(),
     ),
-    rows=(*OUTSIDE_LAYERS, *ATTENTION, *GATED_MLP, *NORMS),
+    rows=LLAMA_ROWS,
     prefix="model.",
     without_effect=("pretraining_tp",),
     skipped=OLD_BUFFERS,

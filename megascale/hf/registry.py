@@ -7,6 +7,7 @@ from typing import Any
 
 from megascale.config.schema import ModelConfig
 from megascale.errors import UserError
+from megascale.hf.bert import BERT
 from megascale.hf.family import Family
 from megascale.hf.gemma2 import GEMMA2
 from megascale.hf.gemma3 import GEMMA3
@@ -20,7 +21,7 @@ from megascale.hf.qwen3 import QWEN3
 # In the order in which a family is sought for a model of ours: the plainest first.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA2, GEMMA3)
+    for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GEMMA2, GEMMA3, BERT)
 }
 
 

@@ -177,8 +177,9 @@ class SafetensorsFolder:
         return UserError(
             f"{self.where} holds pickled weights: {', '.join(pickled)}",
             rule="pickles can run any code when they are read; only safetensors and GGUF are read",
-            remedy='where you trust the file, rewrite it once with\n    python -c "from '
-            "transformers import AutoModelForCausalLM as M, AutoTokenizer as T; p = "
-            f"'{self.where}'; M.from_pretrained(p).save_pretrained('{new}'); "
+            remedy='where you trust the file, rewrite it once with\n    python -c "import '
+            f"transformers as t; p = '{self.where}'; M = getattr(t, "
+            "t.AutoConfig.from_pretrained(p).architectures[0]); T = t.AutoTokenizer; "
+            f"M.from_pretrained(p).save_pretrained('{new}'); "
             f"T.from_pretrained(p).save_pretrained('{new}')\"\n  and give {new}",
         )

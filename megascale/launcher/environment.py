@@ -11,6 +11,9 @@ from megascale.errors import UserError
 LISTEN_FD = "MEGASCALE_LISTEN_FD"
 """Descriptor of the rendezvous socket that `launch_local` hands to rank 0."""
 
+FAILURE_DIR = "MEGASCALE_FAILURE_DIR"
+"""Folder in which the ranks of `launch_local` leave notes of their failures."""
+
 
 @dataclass(frozen=True)
 class ProcessInfo:

@@ -16,9 +16,15 @@ from types import FrameType
 from typing import IO
 
 from megascale.errors import UserError
-from megascale.launcher.environment import LISTEN_FD
+from megascale.launcher.environment import FAILURE_DIR, LISTEN_FD
+from megascale.launcher.failure import Failure, blamed, clear_notes, read_notes
 
-_GRACE_S = 10.0
+_POLL_S = 0.05
+_GRACE_S = 10.0  # from a signal to the next, stronger one
+_NOTE_S = 5.0  # for a rank to end after it has noted its failure
+_EARLY_END_S = 10.0  # for the others to end after a rank has ended well
+_CAUSE_S = 1.0  # for the cause to be seen after its first consequence
+_STACK_S = 0.5  # for a silent rank to write where it is
 _TAIL_LINES = 60
 
 
@@ -26,7 +32,7 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
     """Run `python -m megascale ARGUMENTS` on `nproc` ranks; returns the exit code of the run.
 
     Rank 0 writes to this terminal, the others to `log_dir`/rank_XXXXX.log. The first rank that
-    fails ends the others within seconds; when it is not rank 0, the end of its log is printed.
+    fails ends the others within seconds, and its error is printed (rank 0 has printed its own).
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -36,25 +42,20 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
             rule="a run needs a folder that it may write to",
             remedy="choose another run.output_dir, or free space",
         ) from error
+    clear_notes(log_dir, nproc)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
         ranks = [_start(arguments, rank, nproc, listener, log_dir) for rank in range(nproc)]
     try:
         with _passed_on(ranks):
-            failed = _wait(ranks)
+            failed = _wait(ranks, log_dir)
+        if not failed:
+            return 0
     except KeyboardInterrupt:
         _stop(ranks, signal.SIGINT)
         return 130
-    if failed is None:
-        return 0
-    code = ranks[failed].returncode
-    _stop(ranks, signal.SIGTERM)
-    if failed != 0:
-        _print_tail(failed, log_dir)
-    if code < 0:
-        print(f"rank {failed} was ended by signal {-code}: {_signal_name(-code)}", file=sys.stderr)
-    return code if code > 0 else 128 - code
+    return _end(ranks, log_dir)
 
 
 def _start(
@@ -72,6 +73,7 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         LISTEN_FD: str(listener.fileno()),
+        FAILURE_DIR: str(log_dir.resolve()),
     }
     output: IO[bytes] | None = None
     if rank:
@@ -88,17 +90,86 @@ def _start(
     return process
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all ranks; returns the first one seen to fail, at once, or None."""
+def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> bool:
+    """Wait for all ranks; returns at once when one has failed, and whether one has.
+
+    A rank that left a note of its failure but does not end counts after some seconds, and so does
+    one that ended well while others go on: these wait for it in vain.
+    """
+    first_end: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
-            # A death makes the others' collectives fail too: the signalled rank is the cause.
-            return min(failed, key=lambda rank: (codes[rank] > 0, rank))  # type: ignore[operator]
+        if any(codes):
+            return True
         if all(code == 0 for code in codes):
-            return None
-        time.sleep(0.05)
+            return False
+        notes = read_notes(log_dir, len(ranks)).values()
+        if any(time.time() - note.time_s > _NOTE_S for note in notes):
+            return True
+        if first_end is None and 0 in codes:
+            first_end = time.monotonic()
+        if first_end is not None and time.monotonic() - first_end > _EARLY_END_S:
+            return True
+        time.sleep(_POLL_S)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
+    """End what still runs and tell which rank failed first; returns the exit code of the run."""
+    deadline = time.monotonic() + _CAUSE_S
+    codes, notes, first = _who_failed(ranks, log_dir)
+    while time.monotonic() < deadline and (codes[first] is None or _is_consequence(first, notes)):
+        time.sleep(_POLL_S)  # the cause may not have been seen yet, or not have ended
+        codes, notes, first = _who_failed(ranks, log_dir)
+    silent = [rank for rank, code in enumerate(codes) if code is None and rank not in notes]
+    waited = codes[first] == 0 or _is_consequence(first, notes)
+    if waited and silent:  # they never came: where are they?
+        for rank in silent:
+            ranks[rank].send_signal(signal.SIGUSR2)
+        time.sleep(_STACK_S)
+    _stop(ranks, signal.SIGTERM)
+    _tell(first, codes, notes, silent if waited else [], log_dir)
+    code = codes[first] or 1
+    return code if code > 0 else 128 - code
+
+
+def _who_failed(
+    ranks: list[subprocess.Popen[bytes]], log_dir: Path
+) -> tuple[list[int | None], dict[int, Failure], int]:
+    codes = [process.poll() for process in ranks]
+    notes = read_notes(log_dir, len(ranks))
+    return codes, notes, blamed(codes, notes)
+
+
+def _is_consequence(rank: int, notes: dict[int, Failure]) -> bool:
+    return rank in notes and notes[rank].lost_peer
+
+
+def _tell(
+    first: int,
+    codes: list[int | None],
+    notes: dict[int, Failure],
+    never_came: list[int],
+    log_dir: Path,
+) -> None:
+    """The first failing rank's error on top, then what became of the others."""
+    code, note = codes[first], notes.get(first)
+    lines = []
+    if note is not None and (first or note.lost_peer):  # rank 0 has told its own error already
+        lines.append(f"rank {first} failed: {note.text}")
+    elif code is not None and code < 0:
+        lines.append(f"rank {first} was ended by signal {-code}: {_signal_name(-code)}")
+    elif code == 0:
+        lines.append(f"rank {first} ended while other ranks waited for it")
+    elif note is None and first:
+        lines.append(f"rank {first} failed with exit code {code}")
+    for rank in never_came:
+        lines.append(f"rank {rank} did not answer and was ended")
+    for rank in never_came if _is_consequence(first, notes) else [first, *never_came]:
+        lines += _tail(rank, log_dir)
+    for rank, other in sorted(notes.items()):
+        if rank != first and other.text != getattr(note, "text", ""):
+            lines.append(f"rank {rank} ended after that: {other.text.splitlines()[0]}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -142,8 +213,10 @@ def _signal_name(number: int) -> str:
     return f"{name} (out of memory?)" if name == "SIGKILL" else name
 
 
-def _print_tail(rank: int, log_dir: Path) -> None:
+def _tail(rank: int, log_dir: Path) -> list[str]:
+    """The end of a rank's log; rank 0 has none, it writes to the terminal."""
     path = log_dir / f"rank_{rank:05d}.log"
+    if not rank or not path.exists():
+        return []
     lines = path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-    print(f"rank {rank} failed; the end of {path}:", file=sys.stderr)
-    print("\n".join(lines), file=sys.stderr)
+    return [f"the end of {path}:", *lines] if lines else []

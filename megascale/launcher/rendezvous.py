@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megascale.errors import UserError
 from megascale.launcher.environment import LISTEN_FD, ProcessInfo
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_FIRST_FAILURE = "megascale/first_failure"
+_STORE_ANSWERS = timedelta(seconds=3)
 
 
 def choose_device(name: str, info: ProcessInfo) -> torch.device:
@@ -38,10 +39,13 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
     return device
 
 
-def init_distributed(info: ProcessInfo, device: torch.device) -> None:
+def init_distributed(info: ProcessInfo, device: torch.device, timeout: timedelta) -> None:
     """Join the default process group (gloo on CPU, nccl and gloo with GPUs).
 
     A single process gets a group of one, so that no caller has two ways.
+
+    Args:
+        timeout: longest wait for the other ranks, here and in each collective.
 
     Raises:
         UserError: the rendezvous port is taken, or the head node cannot be reached.
@@ -54,23 +58,43 @@ def init_distributed(info: ProcessInfo, device: torch.device) -> None:
     if info.world_size == 1 and not info.launched:
         store = dist.HashStore()
     elif LISTEN_FD in os.environ:
-        store = _store_on_inherited_socket(info)
+        store = _store_on_inherited_socket(info, timeout)
     try:
         if store is None:
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(
                 backend,
                 store=store,
                 rank=info.rank,
                 world_size=info.world_size,
-                timeout=COLLECTIVE_TIMEOUT,
+                timeout=timeout,
             )
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         raise _explain(error) from error
 
 
-def _store_on_inherited_socket(info: ProcessInfo) -> dist.Store:
+def first_failure(text: str, *, cause: bool) -> str:
+    """What the first failing rank said, through the store that all ranks share.
+
+    Args:
+        text: this rank's error, left there if no other rank was earlier.
+        cause: whether it may be the first cause; False only asks.
+
+    Returns:
+        the first failing rank's text; "" when there is none or the store is gone.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set_timeout(_STORE_ANSWERS)
+        if cause:
+            return store.compare_set(_FIRST_FAILURE, "", text).decode()
+        return store.get(_FIRST_FAILURE).decode() if store.check([_FIRST_FAILURE]) else ""
+    except RuntimeError:  # the rank that serves the store has ended
+        return ""
+
+
+def _store_on_inherited_socket(info: ProcessInfo, timeout: timedelta) -> dist.Store:
     """Rank 0 serves on the socket that the local launcher bound: no port can be lost meanwhile."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     descriptor = int(os.environ[LISTEN_FD]) if info.rank == 0 else None
@@ -79,7 +103,7 @@ def _store_on_inherited_socket(info: ProcessInfo) -> dist.Store:
         port,
         info.world_size,
         is_master=info.rank == 0,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
         master_listen_fd=descriptor,
         use_libuv=False,
     )

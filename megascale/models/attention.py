@@ -7,6 +7,7 @@ projections were cut along the heads (tensor parallelism) runs through the same 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,46 +17,73 @@ from megascale.models.dropout import CounterDropout
 from megascale.models.rotary import Rotary, apply_rotary, rotary_tables
 
 
-def causal_mask(length: int, device: torch.device) -> Tensor:
-    """``(T, T)`` bool: query i sees keys 0..i."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which keys a query sees, as data of the whole sample.
 
+    A mask is made of it where attention is computed, of the rows and columns that are there, so
+    that a sequence which is cut over ranks has the same rule at its seams as elsewhere.
 
-def causal_document_mask(document_ids: Tensor) -> Tensor:
-    """``(B, 1, T, T)`` bool: query i sees the keys 0..i of its own document.
-
-    Args:
-        document_ids: (B, T) integers, equal within a document of a packed sample.
+    Attributes:
+        causal: a query sees no key after its own.
+        window: a query sees no key that is so many positions back (arXiv:2310.06825); None: all.
+        document_ids: (B, T) integers, equal within a document; a query sees its own only, and
+            always itself, so that padding with an id of its own has a key to look at.
+        real: (B, T), 0 at padding, whose keys nobody sees, and 1 elsewhere.
     """
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
-    return same & causal_mask(document_ids.shape[1], document_ids.device)
 
+    causal: bool = True
+    window: int | None = None
+    document_ids: Tensor | None = None
+    real: Tensor | None = None
+    _made: dict[int, Tensor] = field(default_factory=dict)
 
-def windowed(mask: Tensor | None, window: int, length: int, device: torch.device) -> Tensor | None:
-    """``mask`` without the keys that are ``window`` or more positions back (arXiv:2310.06825).
+    def mask(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """``(B or 1, 1, R or 1, C)`` bool, True where a query sees a key.
 
-    None still means causal: a window that reaches over the whole sequence changes nothing.
-    """
-    if window >= length:
-        return mask
-    near = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
-    return near & (causal_mask(length, device) if mask is None else mask)
+        Args:
+            rows, columns: (R,), (C,) integers, places of queries and keys in the sample.
+        """
+        back = rows[:, None] - columns[None, :]  # (R, C)
+        seen = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.device)
+        if self.causal:
+            seen = seen & (back >= 0)
+        if self.window is not None:
+            seen = seen & (back < self.window)
+        if self.real is not None:
+            seen = seen & self.real.bool()[:, None, None, columns]
+        if self.document_ids is not None:
+            queries = self.document_ids[:, None, rows, None]
+            seen = seen & (queries == self.document_ids[:, None, None, columns]) | (back == 0)
+        return seen.expand(-1, -1, -1, len(columns))
 
+    def sees(self, rows: tuple[int, int], columns: tuple[int, int]) -> bool | None:
+        """Whether the queries of an interval see all keys of another: True, False (they see none)
+        or None (some, or it depends on the sample). Intervals are half-open.
+        """
+        nearest, farthest = rows[0] - columns[1] + 1, rows[1] - 1 - columns[0]  # positions back
+        if self.causal and farthest < 0:
+            return False
+        if self.window is not None and nearest >= self.window:
+            return False
+        if self.document_ids is not None or self.real is not None:
+            return None
+        ends = (self.causal and nearest < 0) or (
+            self.window is not None and farthest >= self.window
+        )
+        return None if ends else True
 
-def padding_mask(attention_mask: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """``(B, 1, 1 or T, T)`` bool: every query sees the real keys, those of its document only.
-
-    Args:
-        attention_mask: (B, T), 0 at padding and 1 elsewhere.
-        document_ids: (B, T) integers; None: the whole sample is one document. With them every
-            query also sees itself, so that padding with an id of its own has a key to look at.
-    """
-    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-    if document_ids is None:
-        return real
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
-    itself = torch.eye(document_ids.shape[1], dtype=torch.bool, device=document_ids.device)
-    return same & real | itself
+    def whole(self, length: int, device: torch.device) -> Tensor | None:
+        """The mask of all T = ``length`` queries and keys; None where a kernel needs none: causal
+        alone, or everything. Made once: its layers share it in the backward pass.
+        """
+        plain = self.document_ids is None and self.real is None
+        if plain and (self.window is None or self.window >= length):
+            return None
+        if length not in self._made:
+            places = torch.arange(length, device=device)
+            self._made[length] = self.mask(places, places)
+        return self._made[length]
 
 
 class CoreAttention(nn.Module):
@@ -69,7 +97,6 @@ class CoreAttention(nn.Module):
         dropout: probability for the attention probabilities. dropout_site: see CounterDropout.
         softcap: bound c of the scores, which become c * tanh(score / c); None for none.
         query_scaling: what stands for K under the square root; None for K.
-        causal: whether a query sees only the keys up to its own where no mask is given.
     """
 
     def __init__(
@@ -78,27 +105,31 @@ class CoreAttention(nn.Module):
         dropout_site: int,
         softcap: float | None = None,
         query_scaling: float | None = None,
-        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.causal = causal
         self.dropout = CounterDropout(dropout, dropout_site)
         self.softcap, self.query_scaling = softcap, query_scaling
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keys: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visibility: Visibility,
+        keys: Tensor | None,
     ) -> Tensor:
         """Attend.
 
         Args:
             query: (B, H, T, K). key, value: (B, H_kv, T, K) with H_kv dividing H.
-            mask: (B, 1, T or 1, T) bool, True where a query sees a key; None means causal, or all
-                keys when not ``causal``.
+            visibility: which keys a query sees.
             keys: (B,) dropout keys of the samples.
 
         Returns:
             (B, H, T, K).
         """
+        length, device = query.shape[2], query.device
+        mask = visibility.whole(length, device)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             # Repeated here and not by enable_gqa, which some fused kernels answer by falling back
@@ -111,11 +142,12 @@ class CoreAttention(nn.Module):
                 key,
                 value,
                 attn_mask=mask,
-                is_causal=self.causal and mask is None,
+                is_causal=visibility.causal and mask is None,
                 scale=scale,
             )
-        if mask is None and self.causal:
-            mask = causal_mask(query.shape[2], query.device)
+        if mask is None and visibility.causal:
+            places = torch.arange(length, device=device)
+            mask = visibility.mask(places, places)
         root = math.sqrt(self.query_scaling or query.shape[-1])
         scores = query @ key.transpose(-1, -2) / root  # (B, H, T, T)
         if self.softcap is not None:
@@ -139,7 +171,7 @@ class Attention(nn.Module):
         rotary: how queries and keys are rotated; None for not at all.
         query_norm, key_norm: norms over the K features of each head, before the rotation; None
             for none (arXiv:2010.04245).
-        dropout, dropout_site, softcap, query_scaling, causal: see CoreAttention.
+        dropout, dropout_site, softcap, query_scaling: see CoreAttention.
     """
 
     def __init__(
@@ -158,7 +190,6 @@ class Attention(nn.Module):
         dropout_site: int,
         softcap: float | None = None,
         query_scaling: float | None = None,
-        causal: bool = True,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = head_dim, rotary
@@ -168,14 +199,12 @@ class Attention(nn.Module):
         output_bias = bias if output_bias is None else output_bias
         self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
         self.query_norm, self.key_norm = query_norm, key_norm
-        self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling, causal)
+        self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling)
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, mask: Tensor | None, keys: Tensor | None
+        self, x: Tensor, position_ids: Tensor, visibility: Visibility, keys: Tensor | None
     ) -> Tensor:
-        """``x`` (B, T, D), ``position_ids`` (B or 1, T), ``mask`` (B, 1, T, T), ``keys`` (B,)
-        -> (B, T, D).
-        """
+        """``x`` (B, T, D), ``position_ids`` (B or 1, T), ``keys`` (B,) -> (B, T, D)."""
         query, key, value = (
             projected.view(*projected.shape[:2], -1, self.head_dim)  # (B, T, H_local, K)
             for projected in (self.query(x), self.key(x), self.value(x))
@@ -188,6 +217,6 @@ class Attention(nn.Module):
             cos, sin = rotary_tables(position_ids, self.rotary)
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         heads_first = (t.transpose(1, 2) for t in (query, key, value))  # (B, H_local, T, K)
-        attended = self.core(*heads_first, mask, keys)
+        attended = self.core(*heads_first, visibility, keys)
         merged = attended.transpose(1, 2).flatten(2)  # (B, T, H_local * K)
         return self.output(merged)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, padding_mask
+from megascale.models.attention import Attention, Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
@@ -130,11 +130,11 @@ class PostNormLayer(TransformerLayer):
         self,
         hidden: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
+        visibility: Visibility,
         dropout_keys: Tensor | None,
     ) -> Tensor:
-        """As `TransformerLayer.forward`; a mask of None lets every query see every key."""
-        attended = self.attention(hidden, position_ids, attention_mask, dropout_keys)
+        """As `TransformerLayer.forward`."""
+        attended = self.attention(hidden, position_ids, visibility, dropout_keys)
         hidden = self.attention_norm(hidden + self.attention_dropout(attended, dropout_keys))
         transformed = self.mlp(hidden)
         return self.mlp_norm(hidden + self.mlp_dropout(transformed, dropout_keys))
@@ -155,7 +155,6 @@ def build_layer(config: BERTConfig, index: int) -> PostNormLayer:
         bias=True,
         dropout=config.attention_dropout,
         dropout_site=site + _PROBABILITIES,
-        causal=False,
     )
     return PostNormLayer(
         attention_norm=norm(),
@@ -194,10 +193,12 @@ class BERT(nn.Module):
         Args:
             input_ids: (B, T) token ids.
             token_type_ids: (B, T) segment of each token; zeros by default.
-            attention_mask: (B, T), 0 at padding and 1 elsewhere; None: no padding.
-            position_ids: (B, T); 0..T-1 by default.
-            document_ids: (B, T), equal within a document: attention stays inside it. None:
-                every token sees the whole sample.
+            attention_mask: (B, T) of the whole sample, 0 at padding and 1 elsewhere; None: no
+                padding.
+            position_ids: (B or 1, T); 0..T-1 by default. To be given when ``input_ids`` is only a
+                slice of the sequence.
+            document_ids: (B, T) of the whole sample, equal within a document: attention stays
+                inside it. None: every token sees the whole sample.
             dropout_keys: (B,) int64 of ``dropout.sample_keys``; needed in training with dropout.
             hidden: (B, T, D), what the chunk before returned; None where the first chunk runs.
             chunk: the part to run; None for the whole model.
@@ -207,9 +208,7 @@ class BERT(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        if attention_mask is None and document_ids is not None:
-            attention_mask = torch.ones_like(document_ids)
-        mask = None if attention_mask is None else padding_mask(attention_mask, document_ids)
+        visibility = Visibility(causal=False, document_ids=document_ids, real=attention_mask)
         if hidden is None:
             assert self.embedding is not None
             if token_type_ids is None:
@@ -217,5 +216,5 @@ class BERT(nn.Module):
             hidden = self.embedding(input_ids, position_ids, token_type_ids, dropout_keys)
         for index, layer in self.layers.items():
             if chunk is None or int(index) in chunk:
-                hidden = layer(hidden, position_ids, mask, dropout_keys)
+                hidden = layer(hidden, position_ids, visibility, dropout_keys)
         return hidden

@@ -57,17 +57,10 @@ def sample_keys(seed: int, sample_ids: Tensor) -> Tensor:
     return splitmix64(ids ^ splitmix64(salt))
 
 
-def _global_index(
-    local_shape: Sequence[int],
-    offset: Sequence[int],
-    global_shape: Sequence[int],
-    device: torch.device,
-) -> Tensor:
-    """Row-major index in ``global_shape`` of each element of the slice, ``(*local_shape)``."""
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for length, start, full in zip(local_shape, offset, global_shape, strict=True):
-        assert 0 <= start <= start + length <= full, (local_shape, offset, global_shape)
-        along = torch.arange(start, start + length, dtype=torch.int64, device=device)
+def _global_index(coordinates: Sequence[Tensor], global_shape: Sequence[int]) -> Tensor:
+    """Row-major index in ``global_shape`` of each element of a part, one dim a coordinate."""
+    index = coordinates[0]
+    for along, full in zip(coordinates[1:], global_shape[1:], strict=True):
         index = index.unsqueeze(-1) * full + along
     return index
 
@@ -77,24 +70,27 @@ def keep_mask(
     site: int,
     local_shape: Sequence[int],
     p: float,
-    offset: Sequence[int] | None = None,
+    coordinates: Sequence[Tensor] | None = None,
     global_shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """Which elements of a slice of each sample's tensor survive, ``(B, *local_shape)`` bool.
+    """Which elements of a part of each sample's tensor survive, ``(B, *local_shape)`` bool.
 
     Args:
         keys: ``(B,)`` int64 of :func:`sample_keys`.
         site: the place in the model, unique among all places that drop.
-        local_shape: shape of the slice of one sample (no batch dim).
+        local_shape: shape of the part of one sample (no batch dim).
         p: probability that an element is dropped, in [0, 1).
-        offset: where the slice starts in the sample's global tensor; the origin by default.
-        global_shape: shape of the sample's global tensor; ``local_shape`` by default.
+        coordinates: for each dim of the part its places in the sample's whole tensor, ``(n_i,)``
+            int64; 0, 1, ... by default.
+        global_shape: shape of the sample's whole tensor; ``local_shape`` by default.
     """
-    offset = offset or (0,) * len(local_shape)
-    index = _global_index(local_shape, offset, global_shape or local_shape, keys.device)
+    if coordinates is None or global_shape is None:
+        coordinates = [torch.arange(length, device=keys.device) for length in local_shape]
+        global_shape = local_shape
+    index = _global_index(coordinates, global_shape)
     salt = torch.full((), _signed64(site), dtype=torch.int64, device=keys.device)
     streams = splitmix64(keys ^ splitmix64(salt))
-    streams = streams.view(-1, *(1,) * len(local_shape))  # (B, 1, ...)
+    streams = streams.view(-1, *(1,) * len(coordinates))  # (B, 1, ...)
     bits = splitmix64(streams + index * _INCREMENT)  # (B, *local_shape)
     return _shift_right(bits, 64 - _DECISION_BITS) >= int(p * (1 << _DECISION_BITS))
 
@@ -103,7 +99,8 @@ class CounterDropout(nn.Module):
     """Drops elements by :func:`keep_mask` while training and scales the rest by 1/(1-p).
 
     When the tensor it sees is a slice of the sample's tensor (heads under tensor parallelism, the
-    sequence under sequence parallelism), whoever cuts the model says so with :meth:`set_shard`.
+    sequence under sequence or context parallelism), whoever cuts the model says so with
+    :meth:`set_shard` and :meth:`set_chunks`.
 
     Args:
         p: probability that an element is dropped, in [0, 1).
@@ -115,6 +112,7 @@ class CounterDropout(nn.Module):
         assert 0 <= p < 1, p
         self.p, self.site = p, site
         self._shards: dict[int, tuple[int, int]] = {}
+        self._chunks: dict[int, tuple[tuple[int, ...], int]] = {}
 
     def set_shard(self, dim: int, index: int, count: int) -> None:
         """Declare that the input is slice ``index`` of ``count`` equal slices along ``dim``.
@@ -124,6 +122,24 @@ class CounterDropout(nn.Module):
         assert dim >= 0, dim
         assert 0 <= index < count, (index, count)
         self._shards[dim] = (index, count)
+
+    def set_chunks(self, dim: int, chunks: Sequence[int], count: int) -> None:
+        """Declare that ``dim`` holds these of its ``count`` equal chunks, one after the other.
+
+        A slice of :meth:`set_shard` is one of what the chunks make up together.
+        """
+        assert all(0 <= chunk < count for chunk in chunks), (chunks, count)
+        self._chunks[dim] = (tuple(chunks), count)
+
+    def coordinates(self, dim: int, length: int, device: torch.device) -> tuple[Tensor, int]:
+        """Places along ``dim`` of an input of this length, ``(length,) int64``, and the length
+        of the sample's whole tensor.
+        """
+        index, slices = self._shards.get(dim, (0, 1))
+        chunks, count = self._chunks.get(dim, ((0,), 1))
+        size = length * slices // len(chunks)  # of a chunk
+        every = [torch.arange(c * size, (c + 1) * size, device=device) for c in chunks]
+        return torch.cat(every)[index * length : (index + 1) * length], count * size
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """``x`` (B, ...) and ``keys`` (B,) -> (B, ...); the identity in eval mode or when p = 0.
@@ -138,13 +154,16 @@ class CounterDropout(nn.Module):
                 f"dropout p={self.p} is active in training but no dropout_keys were given; pass "
                 "dropout_keys=sample_keys(seed, sample_ids), or call .eval(), or set dropout to 0"
             )
-        local = tuple(x.shape[1:])
-        offset, full = list(local), list(local)
-        for dim, length in enumerate(local):
-            index, count = self._shards.get(dim, (0, 1))
-            offset[dim], full[dim] = index * length, count * length
-        keep = keep_mask(keys, self.site, local, self.p, offset, full)
+        places = [self.coordinates(d, n, x.device) for d, n in enumerate(x.shape[1:])]
+        keep = self.keep(keys, [at for at, _ in places], [full for _, full in places])
         return x.masked_fill(~keep, 0.0) * (1.0 / (1.0 - self.p))
+
+    def keep(
+        self, keys: Tensor, coordinates: Sequence[Tensor], global_shape: Sequence[int]
+    ) -> Tensor:
+        """Which elements at these places survive; see :func:`keep_mask`."""
+        local = [len(places) for places in coordinates]
+        return keep_mask(keys, self.site, local, self.p, coordinates, global_shape)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, causal_document_mask, windowed
+from megascale.models.attention import Attention, Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
@@ -308,8 +308,8 @@ class GPT(nn.Module):
             input_ids: (B, T) token ids.
             position_ids: (B, T); 0..T-1 by default. To be given when ``input_ids`` is only a slice
                 of the sequence.
-            document_ids: (B, T), equal within a document: attention stays inside it. None: causal
-                over the whole sample. Positions are not reset here.
+            document_ids: (B, T) of the whole sample, equal within a document: attention stays
+                inside it. None: causal over the whole sample. Positions are not reset here.
             dropout_keys: (B,) int64 of ``dropout.sample_keys``; needed in training with dropout.
             hidden: (B, T, D), what the chunk before returned; None where the first chunk runs.
             chunk: the part to run; None for the whole model.
@@ -319,28 +319,19 @@ class GPT(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        masks = self._masks(input_ids, document_ids)
+        # one of each window, which the layers that have it share
+        seen = {
+            window: Visibility(causal=True, window=window, document_ids=document_ids)
+            for window in {self.config.window(int(index)) for index in self.layers}
+        }
         if hidden is None:
             assert self.embedding is not None
             hidden = self.embedding(input_ids, position_ids, dropout_keys)
         for index, layer in self.layers.items():
             if chunk is None or int(index) in chunk:
-                mask = masks[self.config.window(int(index))]
-                hidden = layer(hidden, position_ids, mask, dropout_keys)
+                visibility = seen[self.config.window(int(index))]
+                hidden = layer(hidden, position_ids, visibility, dropout_keys)
         if chunk is not None and not chunk.is_last:
             return hidden
         assert self.final_norm is not None
         return self.final_norm(hidden)
-
-    def _masks(
-        self, input_ids: Tensor, document_ids: Tensor | None
-    ) -> dict[int | None, Tensor | None]:
-        """The mask of each window that a layer here has, shared by its layers: each would keep its
-        own T x T copy for the backward pass. None: causal.
-        """
-        full = None if document_ids is None else causal_document_mask(document_ids)
-        length, device = input_ids.shape[1], input_ids.device
-        masks: dict[int | None, Tensor | None] = {}
-        for window in {self.config.window(int(index)) for index in self.layers}:
-            masks[window] = full if window is None else windowed(full, window, length, device)
-        return masks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megascale.models.attention import Attention
+from megascale.models.attention import Attention, Visibility
 from megascale.models.dropout import CounterDropout
 from megascale.models.mlp import MLP
 
@@ -47,14 +47,14 @@ class TransformerLayer(nn.Module):
         self,
         hidden: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
+        visibility: Visibility,
         dropout_keys: Tensor | None,
     ) -> Tensor:
-        """``hidden`` (B, T, D), ``position_ids`` (B or 1, T), ``attention_mask`` (B, 1, T, T) bool
-        or None for causal, ``dropout_keys`` (B,) -> (B, T, D).
+        """``hidden`` (B, T, D), ``position_ids`` (B or 1, T), ``dropout_keys`` (B,)
+        -> (B, T, D).
         """
         attended = self.attention(
-            self.attention_norm(hidden), position_ids, attention_mask, dropout_keys
+            self.attention_norm(hidden), position_ids, visibility, dropout_keys
         )
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)

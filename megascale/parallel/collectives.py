@@ -8,6 +8,7 @@ section 3, arXiv:2205.05198 section 4.2):
     reduce_from_group   all-reduce                  nothing
     gather_sequence     all-gather along T          reduce-scatter along T
     scatter_sequence    reduce-scatter along T      all-gather along T
+    leave_sequence      all-gather along T          nothing: own part
 """
 
 from __future__ import annotations
@@ -94,6 +95,17 @@ class _Scatter(torch.autograd.Function):
         return all_gather_sequence(grad, ctx.group), None
 
 
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return own_slice(grad, ctx.group).contiguous(), None
+
+
 def copy_to_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity; the gradient is summed over the group. For what is replicated before a cut."""
     return _Copy.apply(x, group)
@@ -112,3 +124,11 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial results (B, T, ...) -> own part (B, T_local, ...) of their sum."""
     return _Scatter.apply(x, group)
+
+
+def leave_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, T_local, ...) -> (B, T, ...), in front of what every rank computes alike.
+
+    There each rank's gradient is already the whole one, so nothing is summed on the way back.
+    """
+    return _Leave.apply(x, group)

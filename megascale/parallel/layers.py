@@ -29,41 +29,112 @@ from megascale.parallel.collectives import (
 )
 
 
+class _Visit:
+    """One pass of an input through the layers of a `FanOut`.
+
+    Attributes:
+        source: the input, to recognise it.
+        waiting: layers that have not run their backward yet.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self.source, self.waiting = source.data_ptr(), 0
+        self._whole: Tensor | None = None
+        self._grad: Tensor | None = None
+
+    def whole(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The input gathered along T: once in the forward, once more in the backward."""
+        if self._whole is None:
+            self._whole = all_gather_sequence(x, group)
+        return self._whole
+
+    def forget(self) -> None:
+        """Free the gathered input."""
+        self._whole = None
+
+    def add(self, grad: Tensor) -> Tensor | None:
+        """Add a layer's part of the input's gradient; the sum when it was the last one."""
+        self._grad = grad if self._grad is None else self._grad.add_(grad)
+        self.waiting -= 1
+        if self.waiting:
+            return None
+        total, self._grad = self._grad, None
+        return total
+
+
+class FanOut:
+    """The column-parallel layers that read the same input: query, key, value, or gate and up.
+
+    They are one matrix [A_q | A_k | A_v] to the network: one all-gather brings the input of all,
+    and one collective sums their gradients of it. Each layer runs once in each pass.
+    """
+
+    def __init__(self) -> None:
+        self.members = 0
+        self._joined = 0
+        self._visit: _Visit | None = None
+
+    def visit(self, x: Tensor) -> _Visit:
+        """The pass that a layer with input `x` belongs to."""
+        if self._visit is None or self._visit.source != x.data_ptr():
+            self._visit, self._joined = _Visit(x), 0
+        visit = self._visit
+        visit.waiting += 1
+        self._joined += 1
+        if self._joined == self.members:
+            self._visit = None
+        return visit
+
+    def complete(self) -> bool:
+        """Whether the layer that joined last was the last of its pass."""
+        return self._visit is None
+
+
 class _ColumnLinear(torch.autograd.Function):
     """X A_i with the backward's communication beside the weight's gradient.
 
     forward:   [all-gather X along T]  ->  Y_i = X A_i
     backward:  dX = dY_i A_i^T  --all-reduce [reduce-scatter] starts-->  dA_i = X^T dY_i  --wait
+
+    Of several layers with the same input the first gathers, and the last one in the backward
+    communicates the sum of their dX.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, sequence: bool
+        ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, sequence: bool, fan: FanOut
     ) -> Tensor:
         ctx.save_for_backward(x, weight)  # the local part only; gathered again in the backward
-        ctx.group, ctx.sequence = group, sequence
-        whole = all_gather_sequence(x, group) if sequence else x
-        return F.linear(whole, weight)
+        ctx.group, ctx.sequence, ctx.visit = group, sequence, fan.visit(x)
+        out = F.linear(ctx.visit.whole(x, group) if sequence else x, weight)
+        if fan.complete():
+            ctx.visit.forget()
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        group = ctx.group
-        grad_x = grad @ weight
-        if ctx.sequence:
-            # X is needed again: fetched while nothing else uses the network
-            whole = all_gather_sequence(x, group)
-            size = dist.get_world_size(group)
-            source = grad_x.transpose(0, 1).contiguous()  # (T, B, D)
-            target = source.new_empty((source.shape[0] // size, *source.shape[1:]))
-            work = dist.reduce_scatter_tensor(target, source, group=group, async_op=True)
-        else:
-            whole = x
-            target = grad_x.contiguous()
-            work = dist.all_reduce(target, group=group, async_op=True)
+        # fetched before anything else uses the network
+        whole = ctx.visit.whole(x, ctx.group) if ctx.sequence else x
+        total = ctx.visit.add(grad @ weight)
+        pending = None if total is None else _start_sum(total, ctx.group, ctx.sequence)
         grad_weight = grad.flatten(0, -2).t() @ whole.flatten(0, -2)
+        if pending is None:
+            return None, grad_weight, None, None, None
+        ctx.visit.forget()
+        work, summed = pending
         work.wait()
-        return (target.transpose(0, 1) if ctx.sequence else target), grad_weight, None, None
+        return (summed.transpose(0, 1) if ctx.sequence else summed), grad_weight, None, None, None
+
+
+def _start_sum(grad: Tensor, group: dist.ProcessGroup, sequence: bool) -> tuple[dist.Work, Tensor]:
+    """Start the sum of (B, T, D) over the ranks; gives (B, T, D), or own (T_local, B, D)."""
+    if not sequence:
+        summed = grad.contiguous()
+        return dist.all_reduce(summed, group=group, async_op=True), summed
+    source = grad.transpose(0, 1).contiguous()  # (T, B, D)
+    summed = source.new_empty((source.shape[0] // dist.get_world_size(group), *source.shape[1:]))
+    return dist.reduce_scatter_tensor(summed, source, group=group, async_op=True), summed
 
 
 class ColumnParallelLinear(nn.Module):
@@ -74,19 +145,26 @@ class ColumnParallelLinear(nn.Module):
             ones of the same names.
         rows: outputs that this rank keeps, half-open.
         sequence: whether the input is cut along T.
+        fan: the layers with the same input; this one joins them.
     """
 
     def __init__(
-        self, linear: nn.Linear, rows: tuple[int, int], group: dist.ProcessGroup, sequence: bool
+        self,
+        linear: nn.Linear,
+        rows: tuple[int, int],
+        group: dist.ProcessGroup,
+        sequence: bool,
+        fan: FanOut,
     ) -> None:
         super().__init__()
-        self.group, self.sequence = group, sequence
+        self.group, self.sequence, self.fan = group, sequence, fan
+        fan.members += 1
         self.weight = _part(linear.weight, 0, rows)
         self.bias = None if linear.bias is None else _part(linear.bias, 0, rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T or T_local, D) -> (B, T, outputs_local)."""
-        out = _ColumnLinear.apply(x, self.weight, self.group, self.sequence)
+        out = _ColumnLinear.apply(x, self.weight, self.group, self.sequence, self.fan)
         return out if self.bias is None else out + self.bias
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ class ParallelMesh:
 
     Attributes:
         device_mesh: the four axes.
-        pp_tp_mesh: pp and tp as one axis, with a pipeline.
+        data_mesh: dp and cp as one axis: the ranks that hold the same weights and other tokens.
+        model_mesh: pp and tp as one axis: the ranks that hold one copy of the model.
     """
 
     device_mesh: DeviceMesh
-    pp_tp_mesh: DeviceMesh | None = None
+    data_mesh: DeviceMesh
+    model_mesh: DeviceMesh
 
     @property
     def dp_size(self) -> int:
@@ -41,6 +44,36 @@ class ParallelMesh:
     def dp_group(self) -> dist.ProcessGroup:
         """Process group of the data-parallel axis."""
         return self.device_mesh["dp"].get_group()
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks that share the tokens of a sample."""
+        return self.device_mesh["cp"].size()
+
+    @property
+    def cp_rank(self) -> int:
+        """This process's index along the context-parallel axis."""
+        return self.device_mesh["cp"].get_local_rank()
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Process group of the context-parallel axis."""
+        return self.device_mesh["cp"].get_group()
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks over which gradients are summed and ZeRO shards: dp x cp."""
+        return self.data_mesh.size()
+
+    @property
+    def data_rank(self) -> int:
+        """This process's index among them."""
+        return self.data_mesh.get_local_rank()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """Their process group."""
+        return self.data_mesh.get_group()
 
     @property
     def tp_size(self) -> int:
@@ -73,11 +106,6 @@ class ParallelMesh:
         return self.device_mesh["pp"].get_group()
 
     @property
-    def model_mesh(self) -> DeviceMesh:
-        """The ranks that hold one copy of the model: pp x tp as one axis."""
-        return self.device_mesh["tp"] if self.pp_tp_mesh is None else self.pp_tp_mesh
-
-    @property
     def rank(self) -> int:
         """Global rank."""
         return dist.get_rank()
@@ -92,12 +120,32 @@ class ParallelMesh:
         """Whether this process writes what is written once (logs, manifests)."""
         return self.rank == 0
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a small tensor over the data-parallel axis (all-reduce); returns a new tensor."""
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a small tensor over all ranks with other tokens: dp x cp; returns a new tensor."""
         total = values.clone()
-        if self.dp_size > 1:
-            dist.all_reduce(total, group=self.dp_group)
+        if self.data_size > 1:
+            dist.all_reduce(total, group=self.data_group)
         return total
+
+    def close(self) -> None:
+        """Destroy the groups of the axes; the mesh is not used after that. Collective.
+
+        Each group of gloo has three threads that poll: a process that goes through many meshes
+        without closing them slows down until it does nothing else.
+        """
+        meshes = [*(self.device_mesh[axis] for axis in AXES), self.data_mesh, self.model_mesh]
+        groups = {mesh.get_group() for mesh in meshes} - {dist.group.WORLD}
+        for group in sorted(groups, key=lambda group: group.group_name):  # alike on all ranks
+            dist.destroy_process_group(group)
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Let no collective of any group of this process wait for other ranks longer than `timeout`.
+
+    New groups start with torch's default of 30 minutes, whatever the default group was given.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build_mesh(
@@ -123,6 +171,7 @@ def build_mesh(
             remedy=f"start {model * max(1, world // model)} processes or change parallel.*",
         )
     shape = (pipeline_parallel_size, world // model, context_parallel_size, tensor_parallel_size)
-    device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    both = device_mesh["pp", "tp"]._flatten("pp_tp") if pipeline_parallel_size > 1 else None
-    return ParallelMesh(device_mesh, both)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    data = mesh["dp", "cp"]._flatten("data") if context_parallel_size > 1 else mesh["dp"]
+    model_mesh = mesh["pp", "tp"]._flatten("model") if pipeline_parallel_size > 1 else mesh["tp"]
+    return ParallelMesh(mesh, data, model_mesh)

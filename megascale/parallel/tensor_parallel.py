@@ -5,16 +5,19 @@ a tensor is split: this module applies it, checkpoints and the planner read the 
 from it.
 
 Styles:
-    column      nn.Linear cut along its outputs; `unit` outputs stay together (a head)
+    column      nn.Linear cut along its outputs; `unit` outputs stay together (a head). Those with
+                the same parent read the same input
     row         nn.Linear cut along its inputs, likewise
     vocab       nn.Embedding cut along its ids
     head        a module whose own parameters, (V, D) or (V,), are cut along V, and that is given
                 a tied weight cut likewise
-    positions   nn.Embedding of positions, whole on each rank, looked up for the own part of T
+    decoder     the same behind a `leave`: its input is whole on each rank in any case
+    positions   nn.Embedding of few rows, whole on each rank, looked up for the own part of T
     sequence    a module with whole parameters inside the sequence-parallel region
     heads       a module with whole parameters that sees only the local heads
     drop_heads  a dropout over (H, ...): tell it which heads it sees
     drop_sequence  a dropout over (T, ...) inside the sequence-parallel region
+    leave       the end of the sequence-parallel region in front of what all ranks compute alike
 Sharding needs no padding: a vocabulary or width that the group does not divide is cut into parts
 whose sizes differ by one.
 """
@@ -23,17 +26,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
 from megascale.errors import UserError
-from megascale.parallel.collectives import copy_to_group, gather_sequence
+from megascale.parallel.collectives import copy_to_group, gather_sequence, leave_sequence
 from megascale.parallel.fragment import Box, whole_box
 from megascale.parallel.layers import (
     ColumnParallelLinear,
+    FanOut,
     ReplicatedParameters,
     RowParallelLinear,
     SequenceSlicedEmbedding,
@@ -45,11 +49,13 @@ Style = Literal[
     "row",
     "vocab",
     "head",
+    "decoder",
     "positions",
     "sequence",
     "heads",
     "drop_heads",
     "drop_sequence",
+    "leave",
 ]
 
 
@@ -89,12 +95,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share every matrix, as a module's cut needs them."""
+    """The ranks that share every matrix, as a module's cut needs them.
+
+    Attributes:
+        fans: parent module -> its column-parallel layers, which read the same input.
+    """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     sequence_parallel: bool
+    fans: dict[str, FanOut] = field(default_factory=dict)
 
 
 def interval(length: int, unit: int, rank: int, size: int, name: str) -> tuple[int, int]:
@@ -118,7 +129,10 @@ def interval(length: int, unit: int, rank: int, size: int, name: str) -> tuple[i
     return rank * units // size * unit, (rank + 1) * units // size * unit
 
 
-def match(plan: Plan, name: str) -> tuple[str, Rule] | None:
+_Line = TypeVar("_Line")
+
+
+def match(plan: Mapping[str, _Line], name: str) -> tuple[str, _Line] | None:
     """The plan's line for a module name, and its pattern."""
     for pattern, rule in plan.items():
         if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name):
@@ -154,7 +168,7 @@ def parallelize(module: nn.Module, plan: Plan, tensor: TensorGroup) -> dict[str,
         used.add(pattern)
         new = _CUTTERS[rule.style](child, rule, tensor, name)
         if new is not child:
-            _replace(module, name, new)
+            replace_module(module, name, new)
         _record(placements, name, child, new, f"{pattern}: {rule.style}", tensor, rule)
     unused = set(plan) - used
     if unused:
@@ -185,7 +199,8 @@ def _record(
         placements[key] = Placement(before.global_shape, tuple(box), sharded, line)
 
 
-def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the submodule of this dotted name is."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
 
@@ -193,7 +208,8 @@ def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
 def _column(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Module:
     assert isinstance(child, nn.Linear), name
     rows = interval(child.out_features, rule.unit, tensor.rank, tensor.size, name)
-    return ColumnParallelLinear(child, rows, tensor.group, tensor.sequence_parallel)
+    fan = tensor.fans.setdefault(name.rpartition(".")[0], FanOut())
+    return ColumnParallelLinear(child, rows, tensor.group, tensor.sequence_parallel, fan)
 
 
 def _row(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Module:
@@ -213,7 +229,8 @@ def _head(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Mo
     for key, whole in list(child.named_parameters(recurse=False)):
         begin, end = interval(whole.shape[0], rule.unit, tensor.rank, tensor.size, name)
         setattr(child, key, nn.Parameter(whole.detach()[begin:end].clone()))
-    enter = gather_sequence if tensor.sequence_parallel else copy_to_group
+    cut_input = tensor.sequence_parallel and rule.style == "head"
+    enter = gather_sequence if cut_input else copy_to_group
 
     def gather_input(_: nn.Module, args: tuple) -> tuple:
         return (enter(args[0], tensor.group), *args[1:])
@@ -248,15 +265,23 @@ def _drop_sequence(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str)
     return child
 
 
+def _leave(child: nn.Module, rule: Rule, tensor: TensorGroup, name: str) -> nn.Module:
+    if tensor.sequence_parallel:
+        child.register_forward_hook(lambda _, args, out: leave_sequence(out, tensor.group))
+    return child
+
+
 _Cutter = Callable[[nn.Module, Rule, TensorGroup, str], nn.Module]
 _CUTTERS: dict[Style, _Cutter] = {
     "column": _column,
     "row": _row,
     "vocab": _vocab,
     "head": _head,
+    "decoder": _head,
     "positions": _positions,
     "sequence": _sequence,
     "heads": _heads,
     "drop_heads": _drop_heads,
     "drop_sequence": _drop_sequence,
+    "leave": _leave,
 }

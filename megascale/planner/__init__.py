@@ -1,1 +1,1 @@
-"""What a layout costs before it runs: time, memory, communication."""
+"""What a layout costs, by arithmetic: bytes held, bytes sent, and time waited."""

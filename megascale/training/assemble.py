@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from megascale.optim.factory import (
 from megascale.optim.param_groups import parameter_groups
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.activation_checkpoint import recompute
-from megascale.parallel.mesh import ParallelMesh, build_mesh
+from megascale.parallel.context_parallel import ContextGroup
+from megascale.parallel.mesh import ParallelMesh, build_mesh, limit_waits
 from megascale.parallel.pipeline import PipelineLayout, balance, cut_chunks
 from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
 from megascale.training.callbacks.average import WeightAverageCallback
@@ -174,12 +176,14 @@ def assemble_step(
 
 def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
     """The mesh of the config's layout over all processes."""
-    return build_mesh(
+    mesh = build_mesh(
         device.type,
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         context_parallel_size=config.parallel.context_parallel_size,
     )
+    limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))
+    return mesh
 
 
 def _step_parts(
@@ -215,7 +219,7 @@ def assemble_engine(
     device: torch.device,
     start: Task | None = None,
 ) -> Engine:
-    """Model on meta -> cut over tp -> cut over pp -> recomputation -> initialise -> engine.
+    """Model on meta -> cuts over tp, cp, pp -> recomputation -> initialise -> engine.
 
     Args:
         start: initialises the weights instead of `task`: with another seed.
@@ -225,6 +229,8 @@ def assemble_engine(
     placements = whole_placements(module)
     if mesh.tp_size > 1:
         placements = task.parallelize(module, tensor_group(config, mesh))
+    if mesh.cp_size > 1:
+        task.parallelize_context(module, context_group(config, mesh))
     layout = pipeline_layout(config, task)
     if layout is not None:
         task.keep_chunks(module, [layout.chunks[stage] for stage in layout.stages_of(mesh.pp_rank)])
@@ -234,7 +240,9 @@ def assemble_engine(
     module = module.to_empty(device=device)
     (start or task).initialize(module, placements)
     recipe = optimizer_recipe(config)
-    return build_engine(config, module, blocks, recipe, mesh, placements, layout)
+    engine = build_engine(config, module, blocks, recipe, mesh, placements, layout)
+    limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))  # the engine's own groups
+    return engine
 
 
 def pipeline_layout(config: Config, task: Task) -> PipelineLayout | None:
@@ -257,6 +265,18 @@ def pipeline_layout(config: Config, task: Task) -> PipelineLayout | None:
 def tensor_group(config: Config, mesh: ParallelMesh) -> TensorGroup:
     """What a cut needs to know of the mesh."""
     return TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, config.parallel.sequence_parallel)
+
+
+def context_group(config: Config, mesh: ParallelMesh) -> ContextGroup:
+    """What a cut of the sequence needs to know of the mesh."""
+    return ContextGroup(
+        group=mesh.cp_group,
+        rank=mesh.cp_rank,
+        size=mesh.cp_size,
+        method=config.resolved_context_parallel_method,
+        tensor_rank=mesh.tp_rank,
+        tensor_size=mesh.tp_size,
+    )
 
 
 def optimizer_recipe(config: Config) -> OptimizerRecipe:
@@ -352,14 +372,13 @@ def _callbacks(
         **tokenizer_files(corpora.tokenizer),
     }
     constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
-    best = config.checkpoint.keep_best
     callbacks.append(
         CheckpointCallback(
             manager,
             config.checkpoint.save_interval,
             constants,
             attachments,
-            best.removesuffix("_loss") if best is not None else None,
+            config.checkpoint.keep_best,
             SaveRequests(output, config.checkpoint.save_minutes),
         )
     )
@@ -391,7 +410,7 @@ def _samples(config: Config, corpora: Corpora) -> list[Callback]:
         context_length=config.model.seq_length,
         interval=evaluation.interval,
         seed=config.run.seed,
-        multiple=config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1,
+        multiple=config.parallel.sequence_multiple,
     )
     return [callback]
 

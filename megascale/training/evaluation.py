@@ -12,6 +12,7 @@ import torch
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.engine.protocol import Evaluable
+from megascale.parallel.context_parallel import own_tokens
 from megascale.parallel.mesh import ParallelMesh
 
 
@@ -42,6 +43,11 @@ class EvaluationResult:
         return math.exp(loss) if loss < 700 else math.inf
 
     @property
+    def scores(self) -> dict[str, float]:
+        """Every number that says how good the model is, by name."""
+        return {"loss": self.loss, "perplexity": self.perplexity, **self.metrics}
+
+    @property
     def bits_per_byte(self) -> float | None:
         """Loss in bits over the bytes of the text: comparable between tokenizers."""
         if not self.utf8_bytes:
@@ -68,7 +74,8 @@ def evaluate(
     measured = 0
     with engine.evaluating():
         for loader in loaders:
-            for batch in loader:
+            for whole in loader:
+                batch = own_tokens(whole, mesh.cp_rank, mesh.cp_size)
                 outputs = engine.forward({k: v.to(device) for k, v in batch.items()})
                 measured = len(outputs)
                 for row, output in zip(total, outputs, strict=False):
@@ -76,8 +83,8 @@ def evaluate(
                 if lengths is not None:
                     targets = batch["labels"]
                     utf8_bytes += lengths[targets[targets != IGNORE_LABEL]].sum()
-    total = mesh.sum_over_dp(total.to(device)).cpu()
-    utf8_bytes = mesh.sum_over_dp(utf8_bytes.to(device)).cpu()
+    total = mesh.sum_over_data(total.to(device)).cpu()
+    utf8_bytes = mesh.sum_over_data(utf8_bytes.to(device)).cpu()
     losses, correct = total[[0, 2]] / total[1].clamp(min=1.0)
     metrics = {}
     if len(names) > 1:

@@ -15,31 +15,41 @@ _PUBLISHED_PEAKS = {
     "L40S": 362e12,
     "V100": 125e12,
 }
-_SIZE = 768
-_REPEATS = 12
+_SIZES = (96, 192, 384, *[768] * 12)
+_BUDGET_S = 0.3
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak matrix-multiplication rate of one device, FLOP/s.
 
     GPUs: the published bf16 peak where the name is known. Otherwise measured: the best of a few
-    square products with the process's own threads (about 0.2 s); on a machine that
-    others load it is too low, and an MFU over it too high.
+    square products with the process's own threads, for at most 0.3 s, so that a type which the
+    device computes slowly (fp16 on most CPUs: 0.2 s a product of 768) is measured on small ones.
+    On a machine that others load it is too low, and an MFU over it too high.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, peak in _PUBLISHED_PEAKS.items():
             if key in name:
                 return peak
-    a = torch.randn(_SIZE, _SIZE, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * _SIZE**3 / best
+    best, left = 0.0, _BUDGET_S
+    for size, following in zip(_SIZES, (*_SIZES[1:], _SIZES[-1]), strict=True):
+        seconds = _product_seconds(size, device, dtype)
+        best = max(best, 2 * size**3 / seconds)
+        left -= seconds
+        if left < seconds * (following / size) ** 3:
+            break
+    return best
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Time of one product of two (size, size) matrices."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    start = time.perf_counter()
+    a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def memory_bytes(device: torch.device) -> int:

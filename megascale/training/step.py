@@ -12,8 +12,9 @@ import torch
 from megascale.data.loader import BatchLoader
 from megascale.data.protocol import IGNORE_LABEL, label_names
 from megascale.engine.protocol import Engine
-from megascale.errors import UserError
+from megascale.errors import PeerError, UserError
 from megascale.optim.schedule import LearningRateSchedule
+from megascale.parallel.context_parallel import own_tokens
 from megascale.parallel.mesh import ParallelMesh
 from megascale.training.state import StepResult, TrainState
 
@@ -43,15 +44,14 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
     started = time.perf_counter()
     batch_size = parts.loader.batch_size.at(state.samples_seen)
     micro_batches = [
-        {name: tensor.to(parts.device, non_blocking=True) for name, tensor in batch.items()}
-        for batch in parts.loader.load(state.samples_seen)
+        _prepare(batch, parts.mesh, parts.device) for batch in parts.loader.load(state.samples_seen)
     ]
-    targets = parts.mesh.sum_over_dp(_count_targets(micro_batches)).clamp(min=1.0)
+    targets = parts.mesh.sum_over_data(_count_targets(micro_batches)).clamp(min=1.0)
 
     loss_sums = parts.engine.forward_backward(micro_batches, targets)
-    loss = (parts.mesh.sum_over_dp(loss_sums.double()) / targets).sum().item()
+    loss = (parts.mesh.sum_over_data(loss_sums.double()) / targets).sum().item()
     if not math.isfinite(loss):
-        raise _diverged(state.step + 1, loss)
+        raise _diverged(state.step + 1, loss, own=not loss_sums.isfinite().all())
     lr = parts.schedule.lr_at(state.step)
     outcome = parts.engine.step(lr)
 
@@ -75,6 +75,14 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
     )
 
 
+def _prepare(
+    batch: Mapping[str, torch.Tensor], mesh: ParallelMesh, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """This rank's tokens of a micro-batch, on its device."""
+    own = own_tokens(batch, mesh.cp_rank, mesh.cp_size)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in own.items()}
+
+
 def _count_targets(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
     """(K,) float64: the targets of each objective in this rank's micro-batches."""
     names = label_names(micro_batches[0])
@@ -85,9 +93,10 @@ def _count_targets(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch
     return torch.stack(counts).sum(dim=0).double()
 
 
-def _diverged(step: int, loss: float) -> UserError:
-    return UserError(
-        f"the loss of step {step} is {loss}",
+def _diverged(step: int, loss: float, own: bool) -> UserError:
+    kind, whose = (UserError, "this rank's") if own else (PeerError, "another rank's")
+    return kind(
+        f"the loss of step {step} is {loss}, from {whose} samples",
         rule="the loss must be finite; the weights were not changed by this step",
         remedy="resume from the last checkpoint with a lower optimizer.lr or a longer "
         "schedule.warmup_steps, or use precision.dtype=fp32",

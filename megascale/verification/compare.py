@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megascale.verification.layout import Layout
-from megascale.verification.record import RunRecord, take
+from megascale.verification.norm_cause import norm_cause
+from megascale.verification.record import START, RunRecord, take
 
 # A gradient that is zero in exact arithmetic (key biases: softmax does not see a shift) is pure
 # rounding; a tensor counts as at least this part of the whole gradient's norm.
@@ -22,17 +23,22 @@ class Tolerance:
         loss, norm: of each step.
         gradient: root mean square of the difference over that of the gradient, each tensor.
         weight: absolute, in units of the learning rate times 1000 (1e-5 at lr 1e-3).
+        output: mean and root mean square of a module's output, over the latter.
+        tensor_steps: gradients and weights count in so many first steps only; None: in all.
     """
 
     loss: float
     norm: float
     gradient: float
     weight: float
+    output: float
+    tensor_steps: int | None = None
 
 
-FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-5)
-# One bf16 rounding is 2^-9; see docs/numerics.md
-BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3)
+FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-5, output=1e-5)
+# One bf16 rounding is 2^-9. Single tensors drift apart from step to step (after 200 steps they are
+# different points near the same curve), losses and norms do not: docs/numerics.md
+BF16 = Tolerance(loss=2e-2, norm=5e-2, gradient=5e-2, weight=2e-3, output=2e-2, tensor_steps=3)
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,9 @@ class Difference:
 
     Attributes:
         step: 1-based; 0 when the whole run failed.
-        what: "loss", "gradient norm", "gradient", "weight", "samples", "replicas" or "crash".
-        tensor: its name, "" for scalars.
+        what: "initial weight", "samples", "output", "loss", "gradient norm", "gradient", "weight"
+            or "replicas".
+        tensor: its name (of a module for "output"), "" for scalars.
         size: the difference in the units of its tolerance.
         cause: what such a difference usually comes from.
         line: the line of the plan that cuts the tensor.
@@ -89,10 +96,12 @@ def compare(
     worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
     first: Difference | None = None
     for step in range(len(expected.losses)):
-        checks = _step_differences(found, expected, step, lr)
+        whole = tolerance.tensor_steps is None or step < tolerance.tensor_steps
+        with_tensors = whole and expected.has_tensors(step)
+        checks = _step_differences(found, expected, step, lr, with_tensors)
         for what, tensor, size in checks:
             key = {"gradient norm": "norm"}.get(what, what)
-            limit = getattr(tolerance, key) if key in worst else 0.0
+            limit = getattr(tolerance, key, 0.0)
             if key in worst:
                 worst[key] = _larger(worst[key], size)
             if first is None and not size <= limit:
@@ -107,14 +116,17 @@ def _larger(a: float, b: float) -> float:
 
 
 def _step_differences(
-    found: RunRecord, expected: RunRecord, step: int, lr: float
+    found: RunRecord, expected: RunRecord, step: int, lr: float, with_tensors: bool
 ) -> list[tuple[str, str, float]]:
     """(what, tensor, size) of one step in the order in which an error would spread."""
-    rows: list[tuple[str, str, float]] = [
+    rows = [] if step else _start_differences(found, expected)
+    rows += [
         ("samples", "", float(found.samples[step] != expected.samples[step])),
+        *([] if step else _output_differences(found, expected)),
+        ("replicas", "", float(not found.agree[step])),
         ("loss", "", _relative(found.losses[step], expected.losses[step])),
     ]
-    names = list(reversed(expected.names))
+    names = list(reversed(expected.names)) if with_tensors else []
     norm = expected.norms[step]
     for name in names:
         rows.append(("replicas", name, _drift(found, step, "grad", name)))
@@ -126,6 +138,27 @@ def _step_differences(
         rows.append(("replicas", name, _drift(found, step, "master", name)))
         ours, theirs = found.whole(step, "master", name), expected.whole(step, "master", name)
         rows.append(("weight", name, float(np.abs(ours - theirs).max()) / max(1.0, lr * 1000)))
+    return rows
+
+
+def _start_differences(found: RunRecord, expected: RunRecord) -> list[tuple[str, str, float]]:
+    """Weights are drawn by name: before the first step they are the same to the last bit."""
+    rows = []
+    for name in expected.names:
+        rows.append(("replicas", name, _drift(found, START, "master", name)))
+        ours, theirs = (r.whole(START, "master", name) for r in (found, expected))
+        rows.append(("initial weight", name, float(np.abs(ours - theirs).max())))
+    return rows
+
+
+def _output_differences(found: RunRecord, expected: RunRecord) -> list[tuple[str, str, float]]:
+    """Of the outputs of modules, in the order of the forward."""
+    rows = []
+    for name, (mean, size) in expected.outputs.items():
+        if name in found.outputs:
+            our_mean, our_size = found.outputs[name]
+            off = _larger(abs(our_mean - mean), abs(our_size - size))
+            rows.append(("output", name, off / max(size, 1e-30)))
     return rows
 
 
@@ -164,12 +197,30 @@ def _cause(
         ours, theirs = getattr(found, field)[step], getattr(expected, field)[step]
         ratio = ours / theirs if theirs else float("nan")
         named = _factor(ratio, layout, micro)
-        return named or "no gradient differs before it: look at its own reduction", ""
-    kind = "master" if what == "weight" else "grad"
+        if what == "gradient norm":
+            named = named or norm_cause(found, expected, step, layout)
+        return named or _unnamed(what, layout), ""
+    if what == "replicas" and not tensor:
+        return (
+            "ranks report different losses: a missing sum over data- or context-parallel ranks",
+            "",
+        )
+    if what == "output":
+        size = found.outputs[tensor][1] / max(expected.outputs[tensor][1], 1e-300)
+        line = next((p.line for p in found.ranks[0].values() if _inside(p.name, tensor)), "")
+        return _output_cause(size, layout), line
+    if what == "initial weight":
+        step = START
+    kind = "grad" if what == "gradient" else "master"
+    if what == "replicas":
+        kind, step = _where_copies_drift(found, step, tensor)
     parts = [part for _, part, _ in found.copies(step, kind, tensor)]
     line = parts[0].line if parts else ""
     if what == "replicas":
-        return "copies on different ranks differ: a missing synchronisation", line
+        return (
+            f"copies on different ranks differ: {_missing_sync(found, step, kind, tensor, layout)}",
+            line,
+        )
     ours, theirs = found.whole(step, kind, tensor), expected.whole(step, kind, tensor)
     if not np.isfinite(ours).all():
         return "not finite (or held by no rank)", line
@@ -181,6 +232,49 @@ def _cause(
     if 0 < len(wrong) < len(parts):
         return f"only the slice of rank(s) {', '.join(map(str, wrong))} differs: a bad cut", line
     return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
+
+
+def _inside(parameter: str, module: str) -> bool:
+    return parameter.rpartition(".")[0] == module
+
+
+def _output_cause(ratio: float, layout: Layout) -> str:
+    named = ""
+    if layout.tp > 1 and abs(ratio / layout.tp - 1) < 1e-2:
+        named = f"x tp ({layout.tp}): a doubled reduction; "
+    elif layout.tp > 1 and abs(ratio * layout.tp - 1) < 1e-2:
+        named = f"x 1/tp (1/{layout.tp}): a missing reduction; "
+    return (
+        f"{named}root mean square x {ratio:.4g}, and all outputs before it agree: a reduction, a "
+        "cut, a mask or an input of this module"
+    )
+
+
+def _where_copies_drift(found: RunRecord, step: int, tensor: str) -> tuple[str, int]:
+    """(kind, step) of the first copies that differ."""
+    if not step and _drift(found, START, "master", tensor):
+        return "master", START
+    return ("grad" if _drift(found, step, "grad", tensor) else "master"), step
+
+
+def _missing_sync(found: RunRecord, step: int, kind: str, tensor: str, layout: Layout) -> str:
+    """Which synchronisation is missing where copies of a tensor differ."""
+    per_stage = layout.world_size // layout.pp
+    stages = {rank // per_stage for rank, _, _ in found.copies(step, kind, tensor)}
+    if len(stages) > 1:
+        held = " and ".join(map(str, sorted(stages)))
+        return f"the gradients of a weight that pipeline ranks {held} share are not summed"
+    return "a missing synchronisation"
+
+
+def _unnamed(what: str, layout: Layout) -> str:
+    """Where to look when a loss or norm is off by no factor of the layout."""
+    if what == "loss" and layout.cp > 1:
+        return (
+            "no factor of the layout: the attention mask, the positions or the dropout masks at a "
+            f"seam of the sequence ({2 * layout.cp} chunks over cp={layout.cp} ranks)"
+        )
+    return "no gradient differs before it: look at its own reduction"
 
 
 def _wrong_ranks(
@@ -199,6 +293,8 @@ def _factor(ratio: float, layout: Layout, micro: int) -> str:
     causes = [
         (layout.tp, f"x tp ({layout.tp}): a doubled reduction over the tensor-parallel group"),
         (1 / layout.tp, f"x 1/tp (1/{layout.tp}): a missing reduction over the group"),
+        (layout.cp, f"x cp ({layout.cp}): a doubled sum over the context-parallel ranks"),
+        (1 / layout.cp, f"x 1/cp (1/{layout.cp}): a missing sum over the context-parallel ranks"),
         (layout.dp, f"x dp ({layout.dp}): summed over replicas where the mean is meant"),
         (1 / layout.dp, f"x 1/dp (1/{layout.dp}): averaged twice, or a replica is missing"),
         (micro, f"x micro-batches ({micro}): the loss is not divided by their number"),

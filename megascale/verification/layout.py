@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 
 from megascale.config.problems import ConfigError
@@ -11,6 +11,7 @@ from megascale.errors import UserError
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev")
 RECOMPUTE = ("none", "selective", "full")
+METHODS = ("auto", "ulysses", "ring")
 ENGINES = ("auto", "deepspeed", "torch")
 
 
@@ -19,28 +20,31 @@ class Layout:
     """How the work of one run is divided.
 
     Attributes:
-        dp, tp: data- and tensor-parallel size.
+        dp, tp, cp: data-, tensor- and context-parallel size.
         sp: sequence parallelism, 0 or 1.
         pp, vpp, schedule: pipeline-parallel size, stages a rank, and order of the passes.
         zero: ZeRO stage.
         engine: auto, deepspeed or torch.
         recompute: none, selective or full.
+        method: how a cut sequence is attended over: auto, ulysses or ring.
     """
 
     dp: int = 1
     tp: int = 1
     sp: int = 0
+    cp: int = 1
     pp: int = 1
     vpp: int = 1
     schedule: str = "1f1b"
     zero: int = 0
     engine: str = "auto"
     recompute: str = "none"
+    method: str = "auto"
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.dp * self.tp * self.pp
+        return self.dp * self.tp * self.cp * self.pp
 
     def overrides(self) -> list[str]:
         """The settings of the config that make this layout."""
@@ -51,6 +55,8 @@ class Layout:
             f"parallel.virtual_pipeline_stages={self.vpp}",
             f"parallel.pipeline_schedule={self.schedule}",
             *(["parallel.layers_per_stage=null"] if self.pp == 1 else []),
+            f"parallel.context_parallel_size={self.cp}",
+            *([f"parallel.context_parallel_method={self.method}"] if self.cp > 1 else []),
             f"parallel.zero_stage={self.zero}",
             f"parallel.engine={self.engine}",
             f"parallel.activation_recomputation={self.recompute}",
@@ -61,8 +67,10 @@ class Layout:
         shown += ["sp=1"] if self.sp else []
         shown += [f"pp={self.pp}", f"schedule={self.schedule}"] if self.pp > 1 else []
         shown += [f"vpp={self.vpp}"] if self.vpp > 1 else []
+        shown += [f"cp={self.cp}"] if self.cp > 1 else []
         shown += [f"zero={self.zero}", f"engine={self.engine}"]
         shown += [f"recompute={self.recompute}"] if self.recompute != "none" else []
+        shown += [f"method={self.method}"] if self.method != "auto" else []
         return ",".join(shown)
 
 
@@ -105,9 +113,14 @@ def _parse(text: str) -> Layout:
     return Layout(**values)  # type: ignore[arg-type]
 
 
-_CHOICES = {"engine": ENGINES, "recompute": RECOMPUTE, "schedule": SCHEDULES}
+_CHOICES = {
+    "engine": ENGINES,
+    "recompute": RECOMPUTE,
+    "method": METHODS,
+    "schedule": SCHEDULES,
+}
 _RANGES = {
-    **dict.fromkeys(("dp", "tp", "pp", "vpp"), "at least 1"),
+    **dict.fromkeys(("dp", "tp", "cp", "pp", "vpp"), "at least 1"),
     "sp": "0 or 1",
     "zero": "0 to 3",
 }
@@ -124,13 +137,18 @@ def legal_layouts(nproc: int, check: Callable[[Layout], object]) -> Iterator[Lay
     Args:
         check: raises ConfigError for a layout that is not legal (load_config with its overrides).
     """
-    for dp, tp, pp in itertools.product(_divisors(nproc), repeat=3):
-        if dp * tp * pp != nproc:
+    for dp, tp, cp, pp in itertools.product(_divisors(nproc), repeat=4):
+        if dp * tp * cp * pp != nproc:
             continue
-        for (schedule, vpp), sp, zero, engine, mode in itertools.product(
-            _PIPELINES if pp > 1 else _PIPELINES[:1], (0, 1), range(4), ENGINES[1:], RECOMPUTE
+        for method, (schedule, vpp), sp, zero, engine, mode in itertools.product(
+            METHODS[1:] if cp > 1 else METHODS[:1],
+            _PIPELINES if pp > 1 else _PIPELINES[:1],
+            (0, 1),
+            range(4),
+            ENGINES[1:],
+            RECOMPUTE,
         ):
-            layout = Layout(dp, tp, sp, pp, vpp, schedule, zero, engine, mode)
+            layout = Layout(dp, tp, sp, cp, pp, vpp, schedule, zero, engine, mode, method)
             if layout == SINGLE:
                 continue
             try:
@@ -153,3 +171,23 @@ _PIPELINES = (
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def pairwise(layouts: Iterable[Layout]) -> list[Layout]:
+    """A few of `layouts` in which every pair of values that occurs in them occurs, too.
+
+    Greedy: the layout with the most pairs that are not covered yet comes next.
+    """
+    waiting = {layout: _pairs(layout) for layout in layouts}
+    missing = set().union(*waiting.values()) if waiting else set()
+    chosen = []
+    while missing:
+        best = max(waiting, key=lambda layout: len(waiting[layout] & missing))
+        chosen.append(best)
+        missing -= waiting.pop(best)
+    return chosen
+
+
+def _pairs(layout: Layout) -> set[tuple[tuple[str, object], ...]]:
+    values = [(field.name, getattr(layout, field.name)) for field in fields(Layout)]
+    return set(itertools.combinations(values, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -18,11 +18,14 @@ class Row:
 
     Attributes:
         failure: the first failing rank's error when the layout's processes ended with one.
+        sent, held: bytes of a step's collectives and of the state, see `RunRecord`.
     """
 
     layout: Layout
     verdicts: Mapping[str, Verdict]
     failure: str = ""
+    sent: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -73,6 +76,8 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "layout": str(row.layout),
             "agrees": row.agrees,
             "failure": row.failure,
+            "sent_bytes": dict(row.sent),
+            "held_bytes": dict(row.held),
             "variants": {name: asdict(verdict) for name, verdict in row.verdicts.items()},
         }
         for row in rows

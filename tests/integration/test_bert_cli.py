@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from data_prep.train_tokenizer import TokenizerKind
+from megascale.config.load import load_config
+from megascale.config.recipe_checks import scores
 from tests.bert_data import make_bert_dataset
 from tests.integration import runs
 
@@ -30,6 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gpt").mkdir()
     runs.make_dataset(folder / "gpt", runs.make_tokenizer(folder / "gpt"))
     tree = _settings(folder / "wordpiece" / "data", folder / "run")
+    tree["evaluation"] = {"interval": 1}
+    tree["checkpoint"] = {"save_interval": 0, "keep_last": 1, "keep_best": "valid_nsp_accuracy"}
     done = runs.call("train", runs.write_config(folder / "bert.yaml", tree))
     assert done.code == 0, done.output
     assert "masked_lm_accuracy" in done.output
@@ -58,6 +62,18 @@ def test_evaluation_reports_every_objective_and_the_majority(folder: Path) -> No
     assert 0 < limited["tokens"] < report["tokens"]
     whole = json.loads(_evaluate(folder, "--data", folder / "wordpiece/data").stdout)
     assert whole["tokens"] > 3 * report["tokens"]
+
+
+def test_the_most_accurate_checkpoint_is_kept(folder: Path) -> None:
+    lines = runs.metrics(folder / "run")
+    accuracies = [line["valid_nsp_accuracy"] for line in lines]
+    best = accuracies.index(max(accuracies)) + 1
+    kept = sorted(path.name for path in (folder / "run/checkpoints").iterdir())
+    assert kept == sorted({f"step_{best:08d}", "step_00000004"})
+    # what can be kept best is exactly what is measured
+    config = load_config(folder / "bert.yaml")
+    measured = {name for name in lines[-1] if name.startswith("valid_")} - {"valid_tokens"}
+    assert measured == set(scores(config))
 
 
 def test_byte_level_bpe_and_whole_words(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megascale.hf.importing import import_model
 from megascale.training.inference import LoadedModel
 from tests.distributed import Pools
 from tests.hf_models import TINY, save_model, tiny_model, token_ids
-from tests.integration.runs import clean_environment, make_dataset, make_tokenizer, metrics, run
+from tests.integration.runs import call, clean_environment, make_dataset, make_tokenizer, metrics
 
 CPU = torch.device("cpu")
 
@@ -105,10 +105,10 @@ def test_weights_without_the_head_and_in_half_precision(tokenizer: Path, tmp_pat
 
 @pytest.mark.parametrize("family", ["gemma2"])
 def test_from_hf_train_to_hf(family: str, tokenizer: Path, tmp_path: Path, pools: Pools) -> None:
-    """The commands as a user types them; the training in a warm process."""
+    """The commands as a user types them; the training on a rank of the pool."""
     folder = save_model(tiny_model(family), tmp_path / "theirs", tokenizer)
     data = make_dataset(tmp_path, tokenizer)
-    done = run("convert", "from-hf", folder, tmp_path / "ours", "--dtype", "fp32")
+    done = call("convert", "from-hf", folder, tmp_path / "ours", "--dtype", "fp32")
     assert done.code == 0, done.output
     assert "train on from it: megascale train " in done.stdout
     changes = [f"data.path={data}", "train.max_steps=3", "model.seq_length=16"]
@@ -122,7 +122,7 @@ def test_from_hf_train_to_hf(family: str, tokenizer: Path, tmp_path: Path, pools
     assert lines[-1]["loss"] < lines[0]["loss"]
 
     checkpoint = tmp_path / "ours" / "run" / "checkpoints" / "step_00000003"
-    done = run("convert", "to-hf", checkpoint, tmp_path / "out", "--shard-size", "30KB")
+    done = call("convert", "to-hf", checkpoint, tmp_path / "out", "--shard-size", "30KB")
     assert done.code == 0, done.output
     assert f"{tmp_path / 'out'}: {family}, " in done.stdout
     ids = token_ids(length=16)

@@ -141,7 +141,7 @@ def test_the_best_checkpoint_is_saved_and_kept(
     assert best < STEPS, losses
     manifest = json.loads((tmp_path / "checkpoints" / kept[-1] / "manifest.json").read_text())
     remembered = manifest["state"]["callbacks"]["checkpoint"]
-    assert remembered == {"best_of": "other", "best_loss": losses[best], "best_step": best}
+    assert remembered == {"best_of": "other_loss", "best": losses[best], "best_step": best}
 
     # a resumed run still knows it, and does not prune it
     tree["train"]["max_steps"] = STEPS + 2

@@ -100,22 +100,57 @@ def test_masked_tokens_alone(pools: Pools, data: Path, reference: Record) -> Non
     assert_same(record(pools, 2, settings), expected)
 
 
+@pytest.fixture(scope="module")
+def even_reference(pools: Pools, data: Path) -> Record:
+    """The single process on samples of a length that two ranks can share."""
+    return record(pools, 1, settings_of(data, parallel__engine="torch", model__seq_length=28))
+
+
 @pytest.mark.parametrize(
-    ("world", "engine", "stage", "mode"),
-    [(2, "torch", 0, "selective"), (4, "deepspeed", 1, "full")],
+    ("world", "sequence", "engine", "stage", "mode"),
+    [
+        (2, False, "torch", 0, "selective"),
+        (2, True, "torch", 0, "none"),
+        (4, False, "deepspeed", 1, "full"),
+        (4, True, "torch", 3, "full"),
+        (4, True, "deepspeed", 2, "selective"),
+    ],
 )
 def test_tensor_parallel(
-    pools: Pools, data: Path, reference: Record, world: int, engine: str, stage: int, mode: str
+    pools: Pools,
+    data: Path,
+    even_reference: Record,
+    world: int,
+    sequence: bool,
+    engine: str,
+    stage: int,
+    mode: str,
 ) -> None:
     """Heads, inner width and vocabulary cut over two ranks; 75 rows are cut unevenly."""
     settings = settings_of(
         data,
+        model__seq_length=28,
         parallel__engine=engine,
         parallel__zero_stage=stage,
         parallel__tensor_parallel_size=2,
+        parallel__sequence_parallel=sequence,
         parallel__activation_recomputation=mode,
     )
-    assert_same(record(pools, world, settings), reference)
+    assert_same(record(pools, world, settings), even_reference)
+
+
+@pytest.mark.parametrize("objective", ["none", "sop"])
+def test_sequence_parallel_with_other_objectives(pools: Pools, data: Path, objective: str) -> None:
+    """Without the sentence head, and with span masks and the order of the segments."""
+    changes = {
+        "data__sentence_objective": objective,
+        "data__masking": "ngram",
+        "model__seq_length": 28,
+        "parallel__engine": "torch",
+    }
+    expected = record(pools, 1, settings_of(data, **changes))
+    cut = {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}
+    assert_same(record(pools, 2, settings_of(data, **changes, **cut)), expected)
 
 
 def _metrics(settings: dict[str, Any]) -> dict[str, float]:

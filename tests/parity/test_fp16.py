@@ -40,6 +40,10 @@ CHANGES = {
     "train.max_steps": 60,
     "train.micro_batch_size": 4,
     "model.dropout": 0.1,
+    # fp16 products have no fast path on most CPUs
+    "model.num_layers": 1,
+    "model.hidden_size": 20,
+    "model.ffn_hidden_size": 43,
 }
 Curve = list[tuple[float, float, bool, float]]
 
@@ -148,7 +152,6 @@ def references(pools: Pools, token_prefix: Path) -> Callable[[tuple[int, ...]], 
     ("world", "engine", "stage", "tensor"),
     [
         (1, "torch", 0, 1),
-        (1, "torch", 3, 1),
         (2, "torch", 0, 1),
         (2, "torch", 3, 1),
         (2, "torch", 0, 2),

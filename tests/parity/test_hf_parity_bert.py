@@ -2,7 +2,7 @@
 
 Random weights, all of them perturbed. Logits at every position (padding included), losses and
 every gradient agree within 1e-5 of each tensor's largest value. The tolerance may never be
-loosened.
+loosened. Settings and weights go through the table of megascale/hf/bert.py.
 """
 
 from __future__ import annotations
@@ -15,28 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
-from megascale.models.bert import BERTConfig
+from megascale.config.load import load_config
+from megascale.hf.bert import BERT
+from megascale.hf.family import Entry
+from megascale.hf.registry import family_for
 from megascale.training.tasks.bert import BERTModule
+from megascale.training.tasks.registry import build_task
 from tests.parity.test_hf_parity import assert_close, perturb
-
-LAYER_PARTS = {
-    "attention.self.query": "attention.query",
-    "attention.self.key": "attention.key",
-    "attention.self.value": "attention.value",
-    "attention.output.dense": "attention.output",
-    "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "mlp.up",
-    "output.dense": "mlp.down",
-    "output.LayerNorm": "mlp_norm",
-}
-EMBEDDINGS = {
-    "word_embeddings.weight": "tokens.weight",
-    "position_embeddings.weight": "positions.weight",
-    "token_type_embeddings.weight": "token_types.weight",
-    "LayerNorm.weight": "norm.weight",
-    "LayerNorm.bias": "norm.bias",
-}
-MASKED_LM = {"transform.dense": "dense", "transform.LayerNorm": "norm"}
 
 
 @dataclass(frozen=True)
@@ -63,31 +48,12 @@ SHAPES = [
     Shape(3, 17, 131, 3, 4, 9, 50, token_types=3),
     Shape(4, 33, 97, 2, 3, 16, 192),
     Shape(2, 12, 64, 4, 2, 5, 40, activation="gelu_tanh"),
+    Shape(2, 9, 1001, 2, 3, 7, 13),
 ]
 
 
-def names(layers: int, sentence_head: bool) -> dict[str, str]:
-    """Their parameter names -> ours."""
-    table = {
-        f"bert.embeddings.{theirs}": f"model.embedding.{ours}"
-        for theirs, ours in EMBEDDINGS.items()
-    }
-    modules = {
-        f"bert.encoder.layer.{layer}.{theirs}": f"model.layers.{layer}.{ours}"
-        for layer in range(layers)
-        for theirs, ours in LAYER_PARTS.items()
-    }
-    modules |= {f"cls.predictions.{k}": f"head.{v}" for k, v in MASKED_LM.items()}
-    if sentence_head:
-        modules["bert.pooler.dense"] = "sentence_head.dense"
-        modules["cls.seq_relationship"] = "sentence_head.classifier"
-    for theirs, ours in modules.items():
-        table |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
-    return table | {"cls.predictions.bias": "head.decoder.bias"}
-
-
-def build(shape: Shape, sentence_head: bool) -> tuple[nn.Module, BERTModule]:
-    """Their model with perturbed weights, and ours with the same."""
+def build(shape: Shape, sentence_head: bool) -> tuple[nn.Module, BERTModule, list[Entry]]:
+    """Their model with perturbed weights, ours with the same, and the table's entries."""
     torch.manual_seed(0)
     theirs = (BertForPreTraining if sentence_head else BertForMaskedLM)(
         BertConfig(
@@ -106,25 +72,22 @@ def build(shape: Shape, sentence_head: bool) -> tuple[nn.Module, BERTModule]:
         )
     )
     perturb(theirs, seed=shape.length)
-    config = BERTConfig(
-        vocab_size=shape.vocab,
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        ffn_hidden_size=shape.ffn,
-        seq_length=shape.length + 3,
-        num_token_types=shape.token_types,
-        activation=shape.activation,  # type: ignore[arg-type]
-    )
-    ours = BERTModule(config, seed=0, sentence_objective="nsp" if sentence_head else "none")
+    settings = BERT.read_config(theirs.config.to_dict())
+    objective = "nsp" if sentence_head else "none"
+    data = {"path": "none", "sentence_objective": objective}
+    config = load_config({"model": settings, "data": data})
+    assert family_for(config.model) is BERT
+    ours = build_task(config).build_module()
+    assert isinstance(ours, BERTModule)
     values, parameters = dict(theirs.named_parameters()), dict(ours.named_parameters())
-    table = names(shape.layers, sentence_head)
-    assert set(values) == set(table), set(values) ^ set(table)
-    assert set(parameters) == set(table.values()), set(parameters) ^ set(table.values())
-    for name, our_name in table.items():
-        assert parameters[our_name].shape == values[name].shape, name
-        parameters[our_name].data.copy_(values[name].detach())
-    return theirs, ours
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    entries = BERT.entries(shapes, config.model.num_layers)
+    assert set(values) == {entry.theirs for entry in entries}
+    for entry in entries:
+        (name,) = entry.ours
+        assert parameters[name].shape == values[entry.theirs].shape, name
+        parameters[name].data.copy_(values[entry.theirs].detach())
+    return theirs, ours, entries
 
 
 def make_batch(shape: Shape, sentence_head: bool) -> dict[str, Tensor]:
@@ -155,7 +118,7 @@ def make_batch(shape: Shape, sentence_head: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("sentence_head", [True, False], ids=["pretraining", "masked_lm"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_losses_and_gradients(shape: Shape, sentence_head: bool) -> None:
-    theirs, ours = build(shape, sentence_head)
+    theirs, ours, entries = build(shape, sentence_head)
     batch = make_batch(shape, sentence_head)
     theirs.train()
     ours.train()
@@ -183,18 +146,19 @@ def test_logits_losses_and_gradients(shape: Shape, sentence_head: bool) -> None:
     expected.loss.backward()
     losses.sum().backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    for name, parameter in theirs.named_parameters():
-        if name.endswith("self.key.bias"):
+    expected_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for entry in entries:
+        gradient, wanted = gradients[entry.ours[0]], expected_gradients[entry.theirs]
+        if entry.theirs.endswith("self.key.bias"):
             # zero in exact arithmetic (softmax does not see a shift): compared with the weight's
-            scale = dict(theirs.named_parameters())[name.replace("bias", "weight")].grad
-            difference = gradients[names(shape.layers, sentence_head)[name]] - parameter.grad
-            assert difference.abs().max() <= 1e-5 * scale.abs().max(), name
+            scale = expected_gradients[entry.theirs.replace("bias", "weight")]
+            assert (gradient - wanted).abs().max() <= 1e-5 * scale.abs().max(), entry.theirs
             continue
-        assert_close(name, gradients[names(shape.layers, sentence_head)[name]], parameter.grad)
+        assert_close(entry.theirs, gradient, wanted)
 
 
 def test_what_padding_holds_changes_nothing() -> None:
-    _, ours = build(SHAPES[1], True)
+    _, ours, _ = build(SHAPES[1], True)
     ours.eval()
     batch = make_batch(SHAPES[1], True)
     expected, _, _ = ours(**batch)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from megascale.errors import UserError
+from megascale.parallel.mesh import build_mesh
 from megascale.parallel.pipeline import Action, PipelineLayout, cut_chunks
 from megascale.planner.timeline import play, schedule_orders
 from megascale.training.state import TrainState
@@ -32,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt": {**GPT, **DEEP},
     "llama": {**LLAMA, **DEEP, "optimizer.grad_clip": 0.0},
     "sgd": {**SGD, **DEEP},
+    # norms of whole tensors, and a learning rate for each layer
+    "lamb": {**GPT, **DEEP, "optimizer.name": "lamb", "optimizer.layer_lr_decay": 0.8},
 }
 
 
@@ -48,6 +52,10 @@ def pipeline(schedule: str, pp: int, v: int, engine: str, stage: int) -> dict[st
 
 SP: dict[str, Any] = {"parallel.tensor_parallel_size": 2, "parallel.sequence_parallel": True}
 FULL, SELECTIVE = ({"parallel.activation_recomputation": mode} for mode in ("full", "selective"))
+RING, ULYSSES = (
+    {"parallel.context_parallel_size": 2, "parallel.context_parallel_method": method}
+    for method in ("ring", "ulysses")
+)
 UNEVEN: dict[str, Any] = {"parallel.layers_per_stage": [1, 4]}
 
 # world, schedule, pp, stages a rank, engine, ZeRO stage, models
@@ -78,6 +86,9 @@ COMBINATIONS: list[tuple[int, tuple, dict[str, Any], tuple[str, ...]]] = [
     (4, ("interleaved", 2, 2, "torch", 1), SP | FULL, ("llama",)),
     (2, ("1f1b", 2, 1, "torch", 1), FULL | UNEVEN, ("gpt",)),
     (2, ("zbv", 2, 2, "torch", 0), SELECTIVE, ("gpt",)),
+    (4, ("1f1b", 2, 1, "torch", 1), {}, ("lamb",)),
+    (4, ("1f1b", 2, 1, "deepspeed", 1), RING, ("gpt",)),
+    (4, ("zbv", 2, 2, "torch", 1), ULYSSES, ("llama",)),
     (2, ("interleaved_zero_bubble", 2, 1, "torch", 0), FULL, ("gpt",)),
     (2, ("dualpipev", 2, 2, "deepspeed", 1), SELECTIVE, ("llama",)),
 ]
@@ -235,3 +246,23 @@ def test_ranks_do_what_the_timeline_says(
         assert bubble == pytest.approx(theory)
     elif schedule != "dualpipev":
         assert bubble < theory
+
+
+def _groups_rank(counts: list[int]) -> str:
+    """Runs on every rank of a pipeline: what is said of these numbers of parameter groups."""
+    from megascale.engine.deepspeed_engine import _require_equal_groups
+
+    mesh = build_mesh("cpu", pipeline_parallel_size=2)
+    try:
+        _require_equal_groups(counts[mesh.pp_rank], mesh)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_unequal_parameter_groups_are_refused_at_start(pools: Pools) -> None:
+    """DeepSpeed would wait for ever in the first step."""
+    assert pools(2).run(_groups_rank, counts=[2, 2]) == ["", ""]
+    for said in pools(2).run(_groups_rank, counts=[1, 2]):
+        assert "pipeline stages with 1, 2 parameter groups" in said
+        assert "parallel.engine=torch" in said

@@ -48,7 +48,6 @@ def grown(pools: Pools, token_prefix: Path) -> Record:
 
 LAYOUTS = [
     ("torch", 0, {}),
-    ("torch", 1, {}),
     ("torch", 3, {}),
     ("torch", 0, {"parallel.tensor_parallel_size": 2}),
     ("deepspeed", 1, {"parallel.tensor_parallel_size": 2}),
@@ -73,7 +72,7 @@ def test_a_growing_batch(
     assert_same(found, grown)
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 1), ("deepspeed", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(("engine", "stage"), [("torch", 1), ("deepspeed", 3)])
 def test_a_growing_batch_resumes_bit_identically(
     pools: Pools, token_prefix: Path, tmp_path: Path, engine: str, stage: int
 ) -> None:
@@ -91,7 +90,8 @@ def clipped(pools: Pools, token_prefix: Path) -> Record:
     return merge(pools(1).run(record_rank, settings=settings, steps=STEPS))
 
 
-OFFLOADED = [(1, {}), (2, {}), (3, {}), (3, {"parallel.offload_parameters": True})]
+# stage 3 without its weights is among the layouts of the growing batch
+OFFLOADED = [(1, {}), (2, {}), (3, {"parallel.offload_parameters": True})]
 
 
 @pytest.mark.parametrize(("stage", "more"), OFFLOADED)
@@ -106,8 +106,6 @@ def test_offloading(
     """On the CPU the host is the device: this proves the path through DeepSpeed, not the saving."""
     settings = _settings(token_prefix, "deepspeed", stage, {**OFFLOAD, **more})
     assert_same(merge(pools(2).run(record_rank, settings=settings, steps=STEPS)), clipped)
-    if stage == 3 and not more:
-        return
     folder = str(tmp_path)
     straight = pools(2).run(
         save_rank, settings=settings, folder=folder, at_step=AT_STEP, steps=STEPS
@@ -156,17 +154,20 @@ def test_an_average_of_the_weights(pools: Pools, token_prefix: Path, tmp_path: P
     by_layout[2, "deepspeed"] = _average(
         pools, 2, settings=settings, folder=str(tmp_path / "1torch0"), resume=True
     )
-    expected = _by_hand(pools, _settings(token_prefix, "torch", 0, {}))
+    (expected,) = pools(1).run(by_hand_rank, settings=_settings(token_prefix, "torch", 0, {}))
     for layout, found in by_layout.items():
         for name, values in expected.items():
             assert np.abs(found[name] - values).max() < 1e-5, (layout, name)
 
 
-def _by_hand(pools: Pools, settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """0.7 * average + 0.3 * weights, over the weights of runs of 0, 1, 2, ... steps."""
+def by_hand_rank(settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Runs on the rank: 0.7 * average + 0.3 * weights over the weights before and after steps."""
+    setup, state = set_up(settings), TrainState()
     average: dict[str, np.ndarray] = {}
-    for steps in range(STEPS + 1):
-        weights = merge(pools(1).run(record_rank, settings=settings, steps=steps)).weights
-        for name, values in weights.items():
+    for step in range(STEPS + 1):
+        if step:
+            train_step(setup.parts, state)
+        for name, values in full_tensors(pieces_of(setup.engine.fragments(["master"]))).items():
             average[name] = 0.7 * average.get(name, values) + 0.3 * values
+    setup.engine.close()
     return average

@@ -231,7 +231,7 @@ def test_many_kinds_of_problems_in_one_error(tmp_path: Path) -> None:
     model: {hidden_size: 100, num_attention_heads: 7, activation: geluu, num_layers: "12"}
     train: {global_batch_size: 30, micro_batch_size: 4}
     optimizer: {name: sgd, eps: 1e-3}
-    parallel: {zero_stage: 4, context_parallel_size: 2}
+    parallel: {zero_stage: 4, sequence_parallel: true}
     evaluation: 5
     """
     file = tmp_path / "config.yaml"
@@ -249,7 +249,7 @@ def test_many_kinds_of_problems_in_one_error(tmp_path: Path) -> None:
         "evaluation": 5,  # not a mapping
         "model.hidden_size": 100,  # arithmetic
         "optimizer.eps": 1e-3,  # would be ignored
-        "parallel.context_parallel_size": 2,  # not built
+        "parallel.sequence_parallel": True,  # ignored by one rank
         "train.global_batch_size": 30,  # world size
     }
     # "lr" was most likely meant as optimizer.lr: nothing is said about min_lr beside its default.

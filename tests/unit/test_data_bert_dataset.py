@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset, SentenceObjective
+from megascale.data.bert_dataset import (
+    BERTDataset,
+    BERTEvaluationDataset,
+    SampleForm,
+    SentenceObjective,
+)
 from megascale.data.bert_masking import MaskedVocabulary, Masking
 from megascale.data.corpus import TokenCorpus
 from megascale.data.sentence_runs import run_starts
@@ -52,7 +57,8 @@ def _dataset(
     masking: Masking | None = None,
 ) -> BERTDataset:
     part = part or (0, corpus.num_tokens)
-    return BERTDataset(corpus, part, seq_length, seed, VOCABULARY, masking or Masking(), objective)
+    form = SampleForm(seq_length, VOCABULARY, masking or Masking(), objective)
+    return BERTDataset(corpus, part, form, seed)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +225,8 @@ def test_evaluation_is_every_run_once_and_always_the_same(
 ) -> None:
     part = (0, corpus.num_tokens)
     made = [
-        BERTEvaluationDataset(corpus, part, 24, VOCABULARY, Masking(), objective) for _ in range(2)
+        BERTEvaluationDataset(corpus, part, SampleForm(24, VOCABULARY, Masking(), objective))
+        for _ in range(2)
     ]
     count = len(made[0])
     assert count == _dataset(corpus, objective).samples_per_epoch

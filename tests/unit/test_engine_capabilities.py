@@ -105,6 +105,59 @@ def test_what_no_engine_does_is_refused(overrides: str, path: str, words: str) -
     assert problem.hint.startswith("change ")
 
 
+CONTEXT = "parallel.context_parallel_size="
+TENSOR = "parallel.tensor_parallel_size="
+METHOD = "parallel.context_parallel_method="
+
+
+@pytest.mark.parametrize(
+    ("bad", "path", "words", "good"),
+    [
+        (
+            CONTEXT + "2 model.seq_length=30",
+            "model.seq_length",
+            r"multiple of 4: it is cut into 2 \* parallel.context_parallel_size = 2 \* 2 chunks.*"
+            "28 or 32",
+            CONTEXT + "2 model.seq_length=28",
+        ),
+        (
+            CONTEXT + "2 " + TENSOR + "3 parallel.sequence_parallel=true model.seq_length=20",
+            "model.seq_length",
+            "multiple of 12.*share once more.*12 or 24",
+            CONTEXT + "2 " + TENSOR + "3 parallel.sequence_parallel=true model.seq_length=24",
+        ),
+        (
+            CONTEXT + "8 " + METHOD + "ulysses",
+            "parallel.context_parallel_method",
+            r"12 / \(1 \* 8\) = 1.5.*context_parallel_size = 6, or .*ring",
+            CONTEXT + "6 model.seq_length=24 " + METHOD + "ulysses",
+        ),
+        (
+            CONTEXT + "4 " + TENSOR + "4 " + METHOD + "ulysses",
+            "parallel.context_parallel_method",
+            r"12 / \(4 \* 4\) = 0.75.*context_parallel_size = 3, or .*ring",
+            CONTEXT + "4 " + TENSOR + "4 " + METHOD + "ring",
+        ),
+    ],
+)
+def test_a_sequence_that_cannot_be_cut(bad: str, path: str, words: str, good: str) -> None:
+    (problem,) = problems(bad)
+    assert problem.path == path
+    assert re.search(words, f"{problem.rule} {problem.hint}"), problem
+    assert problems(good) == ()
+
+
+def test_auto_takes_ulysses_where_every_rank_gets_a_head() -> None:
+    for layout, method in (
+        ("2", "ulysses"),
+        ("8", "ring"),
+        ("4 " + TENSOR + "3", "ulysses"),
+        ("4 " + TENSOR + "4", "ring"),
+    ):
+        config = load_config({"data": {"path": "d"}}, (CONTEXT + layout).split(), checks=())
+        assert config.resolved_context_parallel_method == method
+
+
 def test_what_depends_on_the_device_is_refused_when_it_is_known() -> None:
     config = load_config(
         {"data": {"path": "d"}}, (DEEPSPEED + FP16 + ZERO + "1").split(), checks=all_checks()
@@ -117,3 +170,28 @@ def test_what_depends_on_the_device_is_refused_when_it_is_known() -> None:
 def test_every_row_gives_a_reason() -> None:
     for row in REFUSALS:
         assert len(row.reason) > 20, row
+
+
+TENSOR = "parallel.tensor_parallel_size="
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        (TENSOR + "4 model.num_kv_heads=2", "model.num_kv_heads", "size = 4"),
+        (TENSOR + "8", "model.num_attention_heads", "size = 8"),
+        (
+            TENSOR + "2 parallel.sequence_parallel=true model.seq_length=1023",
+            "model.seq_length",
+            "multiple of parallel.tensor_parallel_size = 2",
+        ),
+        (TENSOR + "4 model.ffn_hidden_size=3", "model.ffn_hidden_size", "at least .* = 4"),
+    ],
+)
+def test_what_tensor_parallelism_cannot_cut_is_refused_with_the_numbers(
+    overrides: str, path: str, words: str
+) -> None:
+    found = [problem for problem in problems(overrides) if problem.path == path]
+    assert len(found) == 1
+    assert re.search(words, found[0].rule), found[0].rule
+    assert "parallel.tensor_parallel_size" in found[0].hint or "ranks" in found[0].hint

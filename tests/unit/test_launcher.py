@@ -6,13 +6,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megascale.errors import UserError
-from megascale.launcher import local
+from megascale.errors import PeerError, UserError
+from megascale.launcher import failure, local
 from megascale.launcher.environment import ProcessInfo, process_info, world_size_of
 from megascale.launcher.local import launch_local
 from megascale.launcher.rendezvous import choose_device
@@ -153,26 +152,70 @@ def test_a_rank_that_does_not_listen_is_killed(
     assert time.monotonic() - started < 5
 
 
-class _Ended:
-    def __init__(self, code: int | None) -> None:
-        self.returncode = code
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-
 @pytest.mark.parametrize(
     ("codes", "blamed"),
     [
-        ((0, 0), None),
         ((0, 2, None), 1),
         ((1, 2), 0),
         ((1, -signal.SIGKILL, 1), 1),  # the others fail because this one is gone
+        ((0, None, None), 0),  # gone while the others wait for it
     ],
 )
-def test_who_is_to_blame(codes: tuple[int | None, ...], blamed: int | None) -> None:
-    ranks: list[Any] = [_Ended(code) for code in codes]
-    assert local._wait(ranks) == blamed
+def test_who_is_to_blame(codes: tuple[int | None, ...], blamed: int) -> None:
+    assert failure.blamed(codes, {}) == blamed
+
+
+def test_notes_decide_who_is_to_blame() -> None:
+    cause = failure.Failure(2, 10.0, "ValueError: planted", lost_peer=False)
+    later = failure.Failure(1, 11.0, "ValueError: later", lost_peer=False)
+    lost = failure.Failure(0, 9.0, "RuntimeError: gloo: closed", lost_peer=True)
+    assert failure.blamed((1, 1, 1), {0: lost, 1: later, 2: cause}) == 2
+    assert failure.blamed((1, None, -9), {0: lost}) == 2
+    assert failure.blamed((1, None, None), {0: lost}) == 0
+    assert failure.blamed((1, None, 0), {0: lost}) == 2
+
+
+def test_which_errors_are_anothers() -> None:
+    closed = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]")
+    assert failure.lost_peer(closed)
+    assert failure.lost_peer(torch.distributed.DistBackendError("NCCL error"))
+    assert failure.lost_peer(PeerError("the loss is nan"))
+    assert not failure.lost_peer(RuntimeError("shape mismatch"))
+    assert not failure.lost_peer(ValueError("gloo"))
+    assert not failure.lost_peer(UserError("the loss is nan"))
+
+
+def test_a_rank_that_ends_early_ends_the_others(
+    scripts: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_EARLY_END_S", 0.3)
+    script = 'if [ "$RANK" = 0 ]; then exit 0; else exec sleep 60; fi'
+    started = time.monotonic()
+    assert launch_local([script], 2, scripts) == 1
+    assert time.monotonic() - started < 5
+    error = capfd.readouterr().err
+    assert "rank 0 ended while other ranks waited" in error
+    assert "rank 1 did not answer" in error
+
+
+def test_the_cause_is_on_top_of_its_consequences(
+    scripts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 ends first, but only lost its peer; rank 1 has left its note and hangs."""
+    script = """
+        note() {
+            now=$(date +%s.%N)
+            json='{"rank": %s, "time_s": %s, "text": "%s", "lost_peer": %s}'
+            path="$MEGASCALE_FAILURE_DIR/rank_0000$RANK.failure.json"
+            printf "$json" "$RANK" "$now" "$1" "$2" > "$path.new" && mv "$path.new" "$path"
+        }
+        if [ "$RANK" = 1 ]; then note "ValueError: planted" false; exec sleep 60
+        else sleep 0.5; note "gloo: closed" true; exit 1; fi
+    """
+    assert launch_local([script], 2, scripts) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "rank 1 failed: ValueError: planted"
+    assert lines[-1] == "rank 0 ended after that: gloo: closed"
 
 
 def test_a_log_folder_that_cannot_be_made_is_refused(scripts: Path, tmp_path: Path) -> None:

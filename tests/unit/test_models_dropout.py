@@ -56,8 +56,10 @@ def test_slice_of_the_tensor_gets_the_slice_of_the_mask(
 ) -> None:
     keys = keys_of(1, 2, 3)
     whole = keep_mask(keys, 17, full, 0.4)
-    part = keep_mask(keys, 17, local, 0.4, offset=offset, global_shape=full)
-    box = (slice(None), *(slice(o, o + n) for o, n in zip(offset, local, strict=True)))
+    intervals = [(o, o + n) for o, n in zip(offset, local, strict=True)]
+    places = [torch.arange(*interval) for interval in intervals]
+    part = keep_mask(keys, 17, local, 0.4, coordinates=places, global_shape=full)
+    box = (slice(None), *(slice(*interval) for interval in intervals))
     assert torch.equal(part, whole[box])
 
 
@@ -115,6 +117,22 @@ def test_declared_shards_see_their_part_of_the_mask() -> None:
             dropout.set_shard(1, half, 3)
             part = dropout(torch.ones(2, 2, 2, 3), keys)
             assert torch.equal(part, whole[:, 2 * rank : 2 * rank + 2, 2 * half : 2 * half + 2])
+
+
+def test_chunks_of_a_sequence_and_slices_of_them_see_their_part_of_the_mask() -> None:
+    """Context parallelism gives a rank two chunks, sequence parallelism cuts what they make up."""
+    keys = keys_of(1, 2)
+    whole = CounterDropout(0.5, site=2)(torch.ones(2, 24, 3), keys)
+    for rank in range(2):
+        chunks = (rank, 3 - rank)
+        held = torch.cat([whole[:, 6 * chunk : 6 * chunk + 6] for chunk in chunks], dim=1)
+        for part in range(3):
+            dropout = CounterDropout(0.5, site=2)
+            dropout.set_chunks(0, chunks, 4)
+            assert torch.equal(dropout(torch.ones(2, 12, 3), keys), held)
+            dropout.set_shard(0, part, 3)
+            cut = dropout(torch.ones(2, 4, 3), keys)
+            assert torch.equal(cut, held[:, 4 * part : 4 * part + 4])
 
 
 def test_identity_when_off_and_error_without_keys() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megascale.errors import UserError
+from megascale.models.attention import Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout, sample_keys
 from megascale.models.gpt import GPT, GPTConfig
@@ -280,10 +281,10 @@ def test_attention_cut_along_heads_adds_up(config: GPTConfig) -> None:
                 setattr(projection, name, torch.nn.Parameter(rows))
         part.output.weight = torch.nn.Parameter(part.output.weight.data.chunk(2, dim=1)[rank])
         part.core.dropout.set_shard(0, rank, 2)
-        total += part(x, positions, None, keys)
+        total += part(x, positions, Visibility(), keys)
     if whole.output.bias is not None:
         total -= whole.output.bias  # added on both ranks
-    torch.testing.assert_close(whole(x, positions, None, keys), total, rtol=0, atol=2e-6)
+    torch.testing.assert_close(whole(x, positions, Visibility(), keys), total, rtol=0, atol=2e-6)
 
 
 @STYLES

@@ -247,3 +247,35 @@ def test_what_a_checkpoint_says_about_the_run() -> None:
         "engine": {"count": 1.0},
         "callbacks": {"early_stop": {"best": 2.0, "without_improvement": 0}},
     }
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "expected"),
+    [
+        ("valid_loss", 3),
+        ("valid_perplexity", 3),
+        ("valid_masked_lm_accuracy", 2),  # the larger the better
+        ("other_loss", 4),
+        ("valid_absent", -1),
+    ],
+)
+def test_the_best_step_is_that_of_the_score(keep_best: str, expected: int) -> None:
+    manager = _Manager()
+    callback = CheckpointCallback(manager, 0, {}, {}, keep_best)  # type: ignore[arg-type]
+    nan = float("nan")
+    values = [(nan, nan, 9.0), (3.0, 0.5, 8.0), (2.0, 0.4, 7.0), (2.5, 0.5, 6.0)]
+    for step, (loss, accuracy, other) in enumerate(values, start=1):
+        trainer = _Trainer(step=step)
+        metrics = {"masked_lm_accuracy": accuracy}
+        callback.on_evaluation(trainer, "valid", EvaluationResult(loss, 1, 0, metrics))  # type: ignore[arg-type]
+        callback.on_evaluation(trainer, "other", EvaluationResult(other, 1, 0))  # type: ignore[arg-type]
+    state = callback.state_dict()
+    assert state.get("best_step", -1) == expected
+    again = CheckpointCallback(manager, 0, {}, {}, keep_best)  # type: ignore[arg-type]
+    if state:
+        again.load_state_dict(state)
+    assert again.state_dict() == state
+    other = CheckpointCallback(manager, 0, {}, {}, "train_loss")  # type: ignore[arg-type]
+    if state:
+        other.load_state_dict(state)  # the best by another score says nothing
+    assert other.state_dict() == {}

@@ -26,10 +26,12 @@ CPU = torch.device("cpu")
 class _Mesh:
     """A group in which every rank holds the same as this one."""
 
+    cp_rank, cp_size = 0, 1
+
     def __init__(self, dp_size: int = 1) -> None:
         self.dp_size = dp_size
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         return values * self.dp_size
 
 

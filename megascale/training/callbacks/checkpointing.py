@@ -23,8 +23,8 @@ class CheckpointCallback(Callback):
         interval: steps between two checkpoints; 0: only at the end.
         constants: JSON values about the run that a resume compares or needs (data fingerprint).
         attachments: small files to store with each checkpoint.
-        keep_best: name of the validation set whose best step is saved, and never pruned; None:
-            no step is better than another.
+        keep_best: SET_SCORE of the validation set and the score whose best step is saved, and
+            never pruned; None: no step is better than another.
         requests: what else asks for a checkpoint; None: nothing does.
     """
 
@@ -45,7 +45,7 @@ class CheckpointCallback(Callback):
         self._attachments = attachments
         self._keep_best = keep_best
         self._requests = requests
-        self._best_loss: float | None = None
+        self._best: float | None = None
         self._best_step = -1
         self._saved_step = -1
 
@@ -57,11 +57,19 @@ class CheckpointCallback(Callback):
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Remember the best step; it is saved when the step ends, or the run."""
-        if split != self._keep_best:
+        value = {f"{split}_{name}": x for name, x in result.scores.items()}.get(
+            self._keep_best or ""
+        )
+        if value is None or not math.isfinite(value):  # NaN would never be undercut
             return
-        finite = math.isfinite(result.loss)  # NaN would never be undercut
-        if finite and (self._best_loss is None or result.loss < self._best_loss):
-            self._best_loss, self._best_step = result.loss, trainer.state.step
+        sign = -1 if self._larger_is_better else 1
+        if self._best is None or sign * value < sign * self._best:
+            self._best, self._best_step = value, trainer.state.step
+
+    @property
+    def _larger_is_better(self) -> bool:
+        """Of losses and perplexities the smallest is the best, of accuracies the largest."""
+        return self._keep_best is not None and self._keep_best.endswith("_accuracy")
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Every `interval` steps, where the validation was the best so far, and on request.
@@ -94,18 +102,14 @@ class CheckpointCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation and its step."""
-        if self._best_loss is None:
+        if self._best is None:
             return {}
-        return {
-            "best_of": self._keep_best,
-            "best_loss": self._best_loss,
-            "best_step": self._best_step,
-        }
+        return {"best_of": self._keep_best, "best": self._best, "best_step": self._best_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Callback.load_state_dict`."""
         if state["best_of"] == self._keep_best:
-            self._best_loss, self._best_step = state["best_loss"], int(state["best_step"])
+            self._best, self._best_step = state["best"], int(state["best_step"])
 
     def _save(self, trainer: Trainer) -> None:
         engine = trainer.parts.engine

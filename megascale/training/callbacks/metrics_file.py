@@ -21,7 +21,8 @@ from megascale.training.trainer import Trainer
 class MetricsFileCallback(Callback):
     """Appends each step to `path`; the line of a validated step also has the validations.
 
-    They are NAME_loss, NAME_perplexity and NAME_tokens for each validation set.
+    They are NAME_loss, NAME_perplexity, what else is measured, and NAME_tokens for each
+    validation set.
 
     Must come after the validation in the list of callbacks.
     """
@@ -43,10 +44,8 @@ class MetricsFileCallback(Callback):
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Remember the validation for the line of this step."""
-        self._evaluation[f"{split}_loss"] = result.loss
-        self._evaluation[f"{split}_perplexity"] = result.perplexity
+        self._evaluation |= {f"{split}_{name}": value for name, value in result.scores.items()}
         self._evaluation[f"{split}_tokens"] = result.tokens
-        self._evaluation |= {f"{split}_{name}": value for name, value in result.metrics.items()}
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Write the step's line."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from megascale.data.atomic_files import disk_errors
 from megascale.data.tokenizer import Tokenizer
+from megascale.parallel.context_parallel import gather_tokens, own_tokens
 from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.metrics_file import keep_until_step
 from megascale.training.generation import Sampling, generate
@@ -32,7 +33,7 @@ class SampleCallback(Callback):
         context_length: longest sequence that the model takes.
         interval: steps between two validations; 0: only at the end.
         seed: of the first prompt; the others follow it.
-        multiple: the model takes lengths that are multiples of it (sequence parallelism).
+        multiple: the model takes lengths that are multiples of it (where the sequence is cut).
     """
 
     name = "samples"
@@ -88,12 +89,13 @@ class SampleCallback(Callback):
                 trainer.say(f"step {step:>6}  sample: {prompt!r} -> {text!r}")
 
     def _continue(self, trainer: Trainer, number: int, prompt: str) -> str:
-        tokenizer, parts = self._tokenizer, trainer.parts
+        tokenizer, parts, mesh = self._tokenizer, trainer.parts, trainer.parts.mesh
 
         def next_logits(ids: torch.Tensor) -> torch.Tensor:
             length = ids.shape[1]
             padded = F.pad(ids, (0, -length % self._multiple))  # causal: nobody looks ahead
-            logits, _ = parts.engine.forward({"input_ids": padded})
+            own = own_tokens({"input_ids": padded}, mesh.cp_rank, mesh.cp_size)
+            logits = gather_tokens(parts.engine.forward(own)[0], mesh.cp_group)
             return logits[0, length - 1, : tokenizer.vocab_size]
 
         new = generate(

@@ -54,8 +54,7 @@ class TensorBoardCallback(Callback):
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Add the validation's loss and perplexity, and the task's own metrics."""
         if self._writer is not None:
-            scalars = {"loss": result.loss, "perplexity": result.perplexity, **result.metrics}
-            for name, value in scalars.items():
+            for name, value in result.scores.items():
                 self._writer.add_scalar(f"{split}/{name}", value, trainer.state.step)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.models.chunk import Chunk
+from megascale.parallel.context_parallel import ContextGroup
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
@@ -55,6 +56,10 @@ class Task(Protocol):
 
     def parallelize(self, module: nn.Module, tensor: TensorGroup) -> dict[str, Placement]:
         """Cut the module over a tensor-parallel group; returns where each parameter lies."""
+        ...
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """Make the module work on a part of each sample's tokens; after `parallelize`."""
         ...
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
-from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset
+from megascale.data.bert_dataset import BERTDataset, BERTEvaluationDataset, SampleForm
 from megascale.data.bert_masking import MaskedVocabulary, Masking
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
@@ -28,6 +28,7 @@ from megascale.models.flops import (
     bert_layer_flops_per_token,
 )
 from megascale.models.initialization import initialize
+from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
@@ -89,6 +90,7 @@ class BERTModule(nn.Module):
         super().__init__()
         self.seed = seed
         self.model = BERT(config)
+        self.encoded = nn.Identity()  # what the heads see; a plan may gather it here
         self.head: MaskedLMHead | None = MaskedLMHead(config)
         self.sentence_head: SentenceHead | None = None
         self.objectives: tuple[str, ...] = ("masked_lm",)
@@ -106,18 +108,23 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of tokens and of the sentence objective.
 
         Args:
-            input_ids, token_type_ids, attention_mask: (B, T).
+            input_ids, token_type_ids: (B, T), or a part of the sample.
+            attention_mask: (B, T) of the whole sample.
             sample_ids: (B,) global sample numbers; needed in training with dropout.
             chosen: (B, T) bool, the M positions whose tokens are wanted; None: all.
+            position_ids: (B or 1, T); to be given for a part of the sample.
 
         Returns:
             (M, V), or (B, T, V) without `chosen`; and (B, 2), or None without that objective.
         """
-        hidden = self.hidden_states(input_ids, token_type_ids, attention_mask, sample_ids)
+        hidden = self.hidden_states(
+            input_ids, token_type_ids, attention_mask, sample_ids, position_ids
+        )
         return self._heads(hidden, chosen)
 
     def hidden_states(
@@ -126,6 +133,7 @@ class BERTModule(nn.Module):
         token_type_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         chunk: Chunk | None = None,
     ) -> torch.Tensor:
@@ -137,6 +145,7 @@ class BERTModule(nn.Module):
             input_ids,
             token_type_ids,
             attention_mask,
+            position_ids,
             dropout_keys=keys,
             hidden=hidden,
             chunk=chunk,
@@ -146,6 +155,7 @@ class BERTModule(nn.Module):
         self, hidden: torch.Tensor, chosen: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `logits` returns, from the hidden states (B, T, D)."""
+        hidden = self.encoded(hidden)
         sentence = None if self.sentence_head is None else self.sentence_head(hidden)
         assert self.model.embedding is not None
         assert self.head is not None
@@ -160,12 +170,13 @@ class BERTModule(nn.Module):
         attention_mask: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
         sentence_labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         chunk: Chunk | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """See `Task`: loss sums, targets and, in eval mode, correct predictions, each (K,)."""
         states = self.hidden_states(
-            input_ids, token_type_ids, attention_mask, sample_ids, hidden, chunk
+            input_ids, token_type_ids, attention_mask, sample_ids, position_ids, hidden, chunk
         )
         if chunk is not None and not chunk.is_last:
             return states
@@ -194,19 +205,43 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def bert_plan(config: BERTConfig) -> Plan:
-    """How a BERT is cut (arXiv:1909.08053); what is not named stays whole."""
+    """How a BERT is cut (arXiv:1909.08053, arXiv:2205.05198); what is not named stays whole.
+
+    The heads see single positions, [CLS] and the masked ones, not parts of T: behind `encoded`
+    every rank computes the same, up to the decoder's part of the vocabulary.
+    """
     layer = "model.layers.*"
     head = Rule("column", unit=config.head_dim)
     return {
         "model.embedding.tokens": Rule("vocab"),
+        "model.embedding.positions": Rule("positions"),
+        "model.embedding.token_types": Rule("positions"),
+        "model.embedding.norm": Rule("sequence"),
+        "model.embedding.dropout": Rule("drop_sequence"),
         f"{layer}.attention.query": head,
         f"{layer}.attention.key": head,
         f"{layer}.attention.value": head,
         f"{layer}.attention.core.dropout": Rule("drop_heads"),
         f"{layer}.attention.output": Rule("row", unit=config.head_dim),
+        f"{layer}.attention_dropout": Rule("drop_sequence"),
+        f"{layer}.attention_norm": Rule("sequence"),
         f"{layer}.mlp.up": Rule("column"),
         f"{layer}.mlp.down": Rule("row"),
-        "head.decoder": Rule("head"),
+        f"{layer}.mlp_dropout": Rule("drop_sequence"),
+        f"{layer}.mlp_norm": Rule("sequence"),
+        "encoded": Rule("leave"),
+        "head.decoder": Rule("decoder"),
+    }
+
+
+def bert_context_plan() -> ContextPlan:
+    """What a cut of the sequence means to a BERT; the rest looks at single tokens."""
+    layer = "model.layers.*"
+    return {
+        "model.embedding.dropout": "drop_sequence",
+        f"{layer}.attention.core": "attention",
+        f"{layer}.attention_dropout": "drop_sequence",
+        f"{layer}.mlp_dropout": "drop_sequence",
     }
 
 
@@ -264,6 +299,10 @@ class BERTTask:
         module.most_likely = partial(vocab_parallel_argmax, first_id=first_id, group=tensor.group)
         return parallelize(module, bert_plan(self._bert), tensor)
 
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """See `Task.parallelize_context`."""
+        parallelize_context(module, bert_context_plan(), context)
+
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""
         initialize(
@@ -282,18 +321,10 @@ class BERTTask:
         """
         for corpus in corpora.corpora:
             require_mode(corpus, "bert")
-        vocabulary = _vocabulary(corpora)
+        form = self._sample_form(corpora)
 
         def training_set(corpus: TokenCorpus, part: TokenRange) -> BERTDataset:
-            return BERTDataset(
-                corpus,
-                part,
-                self._bert.seq_length,
-                self._config.run.seed,
-                vocabulary,
-                self._masking,
-                self._config.data.sentence_objective,
-            )
+            return BERTDataset(corpus, part, form, self._config.run.seed)
 
         return open_run_data(
             self._config, corpora, training_set, partial(self.evaluation_set, corpora)
@@ -304,14 +335,7 @@ class BERTTask:
     ) -> BERTEvaluationDataset:
         """See `Task.evaluation_set`."""
         require_mode(corpus, "bert")
-        return BERTEvaluationDataset(
-            corpus,
-            part,
-            self._bert.seq_length,
-            _vocabulary(corpora),
-            self._masking,
-            self._config.data.sentence_objective,
-        )
+        return BERTEvaluationDataset(corpus, part, self._sample_form(corpora))
 
     def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
         """None: the loss of some tokens, given the others, says nothing of the whole text."""
@@ -339,10 +363,14 @@ class BERTTask:
         """See `Task.tokens_per_sample`; padding counts."""
         return self._bert.seq_length
 
-    @property
-    def _masking(self) -> Masking:
+    def _sample_form(self, corpora: Corpora) -> SampleForm:
         data = self._config.data
-        return Masking(data.mask_probability, data.masking)
+        return SampleForm(
+            seq_length=self._bert.seq_length,
+            vocabulary=_vocabulary(corpora),
+            masking=Masking(data.mask_probability, data.masking),
+            objective=data.sentence_objective,
+        )
 
 
 def _vocabulary(corpora: Corpora) -> MaskedVocabulary:

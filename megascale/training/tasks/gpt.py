@@ -26,6 +26,7 @@ from megascale.models.flops import (
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
+from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
     Placement,
@@ -133,7 +134,9 @@ class GPTModule(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, T, V) of the next token at each of the positions of input_ids (B, T)."""
+        """Logits (B, T, V) of the next token at each of the positions of input_ids (B, T), which
+        may be a part of the sample; document_ids are those of the whole.
+        """
         return self._head(self.hidden_states(input_ids, sample_ids, position_ids, document_ids))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -204,6 +207,17 @@ def gpt_plan(config: GPTConfig) -> Plan:
     return plan
 
 
+def gpt_context_plan() -> ContextPlan:
+    """What a cut of the sequence means to a GPT; the rest looks at single tokens."""
+    layer = "model.layers.*"
+    return {
+        "model.embedding.dropout": "drop_sequence",
+        f"{layer}.attention.core": "attention",
+        f"{layer}.attention_dropout": "drop_sequence",
+        f"{layer}.mlp_dropout": "drop_sequence",
+    }
+
+
 class GPTTask:
     """Pretraining of a GPT; see `Task`."""
 
@@ -255,6 +269,10 @@ class GPTTask:
         part = VocabularyPart(first_id, self._gpt.vocab_size, tensor.group)
         module.loss = replace(module.loss, part=part)
         return parallelize(module, gpt_plan(self._gpt), tensor)
+
+    def parallelize_context(self, module: nn.Module, context: ContextGroup) -> None:
+        """See `Task.parallelize_context`."""
+        parallelize_context(module, gpt_context_plan(), context)
 
     def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
         """See `Task.initialize`."""

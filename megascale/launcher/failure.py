@@ -1,0 +1,105 @@
+"""How a rank that fails says so, and how the launcher finds the rank that failed first.
+
+When one rank ends, the collectives of the others fail too, and whose process the operating system
+reports first is chance. So each failing rank leaves a note before it lets go of its connections:
+a file for `launch_local`, a key of the rendezvous store for ranks on other machines, and torchrun's
+error file. A rank that only lost its peer knows that it is not the cause, and stays silent where
+the launcher will speak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megascale.errors import PeerError, UserError
+from megascale.launcher.environment import FAILURE_DIR
+
+_BACKEND_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_BACKEND_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failing rank's note.
+
+    Attributes:
+        time_s: when it was written, seconds of the machine's clock.
+        text: the error, as a person should read it.
+        lost_peer: the error is the consequence of another rank's.
+    """
+
+    rank: int
+    time_s: float
+    text: str
+    lost_peer: bool
+
+
+def describe(error: BaseException, rank: int) -> Failure:
+    """The note of an error of this process."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return Failure(rank, time.time(), text, lost_peer(error))
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether the error only says that another rank is gone, silent, or failed itself."""
+    if isinstance(error, PeerError) or type(error).__name__ in _BACKEND_ERRORS:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in _BACKEND_WORDS)
+
+
+def launcher_speaks() -> bool:
+    """Whether `launch_local` started this process and tells the user what failed."""
+    return FAILURE_DIR in os.environ
+
+
+def leave_note(failure: Failure) -> None:
+    """Write the note for `launch_local`, if that started this process."""
+    if launcher_speaks():
+        path = _path(Path(os.environ[FAILURE_DIR]), failure.rank)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(failure)))
+        partial.replace(path)
+
+
+def clear_notes(folder: Path, nproc: int) -> None:
+    """Remove the notes of an earlier run in the same folder."""
+    for rank in range(nproc):
+        _path(folder, rank).unlink(missing_ok=True)
+
+
+def read_notes(folder: Path, nproc: int) -> dict[int, Failure]:
+    """The notes so far, by rank."""
+    paths = [_path(folder, rank) for rank in range(nproc)]
+    notes = [Failure(**json.loads(path.read_text())) for path in paths if path.exists()]
+    return {note.rank: note for note in notes}
+
+
+def blamed(codes: Sequence[int | None], notes: Mapping[int, Failure]) -> int:
+    """The rank that failed first.
+
+    In this order: an error of its own (the earliest), a signal, an exit code without a note, a
+    good end before the others', a lost peer (the earliest).
+
+    Args:
+        codes: exit code of each rank; negative: the signal that ended it; None: still running.
+    """
+
+    def order(rank: int) -> tuple[int, float, int]:
+        note, code = notes.get(rank), codes[rank]
+        if note is not None:
+            return (4 if note.lost_peer else 0), note.time_s, rank
+        if code is None:
+            return 5, 0.0, rank
+        return (1 if code < 0 else 2 if code else 3), 0.0, rank
+
+    return min(range(len(codes)), key=order)
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.failure.json"

@@ -1,0 +1,58 @@
+"""Which part of the gradient is missing in a wrong norm, or counted twice.
+
+A norm is the root of a sum of squares, so the difference of two squared norms is the sum of squares
+of what one of them left out or counted once too often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megascale.verification.layout import Layout
+from megascale.verification.record import RunRecord
+
+_CLOSE = 1e-3
+"""Relative agreement of two sums of squares that counts as the same."""
+
+
+def norm_cause(found: RunRecord, expected: RunRecord, step: int, layout: Layout) -> str:
+    """What explains a wrong norm of right gradients; "" when nothing does."""
+    if not expected.has_tensors(step):
+        return ""
+    difference = found.norms[step] ** 2 - expected.norms[step] ** 2
+    word = "counted twice" if difference > 0 else "missing"
+    for name, squares in _parts(found, expected, step, layout):
+        if squares > 0 and abs(abs(difference) / squares - 1) < _CLOSE:
+            return f"the squares of {name} are {word} in the norm"
+    return ""
+
+
+def _parts(
+    found: RunRecord, expected: RunRecord, step: int, layout: Layout
+) -> Iterator[tuple[str, float]]:
+    """(name, sum of squares) of what a reduction may lose: axes of ranks first, then tensors."""
+    squares = {
+        name: float(np.square(expected.whole(step, "grad", name)).sum()) for name in expected.names
+    }
+    for stage, names in enumerate(_names_by_stage(found, step, layout)):
+        yield f"pipeline rank {stage}'s gradients", sum(squares[name] for name in names)
+        if layout.pp > 2:
+            others = sum(squares[name] for name in set(squares) - names)
+            yield f"all gradients but pipeline rank {stage}'s", others
+    yield from squares.items()
+
+
+def _names_by_stage(found: RunRecord, step: int, layout: Layout) -> list[set[str]]:
+    """The tensors that each pipeline rank holds; a tied weight counts for the first that does."""
+    if layout.pp == 1:
+        return []
+    per_stage = layout.world_size // layout.pp  # pp is the outermost axis
+    held: list[set[str]] = []
+    for first in range(0, layout.world_size, per_stage):
+        ranks = found.ranks[first : first + per_stage]
+        keys = [key for parts in ranks for key in parts]
+        names = {name for at, kind, name in keys if (at, kind) == (step, "grad")}
+        held.append(names - set().union(*held))
+    return held
