@@ -1,21 +1,35 @@
-"""The checkpoints of one run: naming, finding the newest intact one, pruning old ones."""
+"""The checkpoints of one run: saving, finding the newest intact one, pruning old ones."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
+from megascale.checkpoint.background import BackgroundTask, Snapshot
+from megascale.checkpoint.lock import RunLock
 from megascale.checkpoint.manifest import MANIFEST_NAME
+from megascale.checkpoint.ranks import Ranks, agree, make_ranks
 from megascale.checkpoint.reader import CheckpointReader
-from megascale.checkpoint.storage import RETIRED_PREFIX, Storage
-from megascale.checkpoint.writer import write_checkpoint
+from megascale.checkpoint.retention import steps_to_remove
+from megascale.checkpoint.sharing import own
+from megascale.checkpoint.storage import (
+    REMOVING_PREFIX,
+    RETIRED_PREFIX,
+    WRITING_PREFIX,
+    Storage,
+)
+from megascale.checkpoint.upload import upload
+from megascale.checkpoint.writer import Content, write_checkpoint
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment
 
 _NAME = re.compile(r"^step_(\d{8,})$")
+_STAGED = 2  # checkpoints kept in the staging folder
 
 
 def step_name(step: int) -> str:
@@ -23,42 +37,136 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-class CheckpointManager:
-    """Saves, finds and prunes the checkpoints below one folder.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, see `steps_to_remove`."""
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+
+
+class CheckpointFolder:
+    """Checkpoints below one folder, seen by one process.
+
+    Args:
+        root: local path or fsspec URL; it need not exist.
+        storage: of `root`; by default a new one.
+    """
+
+    def __init__(self, root: str, storage: Storage | None = None) -> None:
+        self.root = root
+        self.storage = storage or Storage(root)
+
+    def path(self, step: int) -> str:
+        """What opens the checkpoint at `step`."""
+        return self.storage.location(step_name(step))
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [step for step in self.all_steps() if self.is_complete(step)]
+
+    def all_steps(self) -> list[int]:
+        """Steps of the folders with a checkpoint's name, complete or not, ascending."""
+        matches = map(_NAME.match, self.storage.folders())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def is_complete(self, step: int) -> bool:
+        """Whether the manifest, which is written last, is there."""
+        return self.storage.exists(step_name(step), MANIFEST_NAME)
+
+    def recover(self) -> None:
+        """Tidy what a kill left: names of replaced folders, halves of saves and of removals.
+
+        Only for a process that knows that no other one is writing here.
+        """
+        for name in self.storage.folders():
+            original = name.removeprefix(RETIRED_PREFIX)
+            if original != name and _NAME.match(original):
+                if self.storage.exists(original, MANIFEST_NAME):
+                    self.storage.remove_folder(name)
+                else:
+                    self.storage.commit_folder(name, original)
+            elif name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
+                self.storage.remove_folder(name)
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint; at no moment does a half of it look like a whole one."""
+        name = step_name(step)
+        if not self.storage.is_local:
+            self.storage.remove_file(name, MANIFEST_NAME)
+            self.storage.remove_folder(name)
+            return
+        removing = f"{REMOVING_PREFIX}{name}"
+        self.storage.remove_folder(removing)
+        self.storage.rename_folder(name, removing)
+        self.storage.remove_folder(removing)
+
+    def prune(
+        self, retention: Retention, keep: Iterable[int] = (), *, thorough: bool = False
+    ) -> list[int]:
+        """Remove what no rule keeps, but only while the newest one is whole. Returns the steps.
+
+        Args:
+            thorough: compare the newest one's checksums, not only the sizes of its files.
+        """
+        steps = self.steps()
+        doomed = steps_to_remove(steps, retention.keep_last, retention.keep_every, keep)
+        if not doomed or self._damage(steps[-1], thorough):
+            return []
+        for step in doomed:
+            self.remove(step)
+        return doomed
+
+    def _damage(self, step: int, thorough: bool) -> str | None:
+        try:
+            reader = CheckpointReader(self.path(step))
+        except UserError as error:
+            return error.what
+        reason = reader.damage() if thorough else reader.sizes_differ()
+        reader.close()
+        return reason
+
+
+class CheckpointManager(CheckpointFolder):
+    """Saves, finds and prunes the checkpoints of a run; its collective methods on every rank.
 
     Args:
         root: the run's checkpoint folder (local path or fsspec URL).
         keep_last: how many complete checkpoints to keep; None keeps all.
+        keep_every: multiples of it are kept too.
+        asynchronous: `save` returns when the state is copied to host memory.
+        staging: a folder on this machine where checkpoints are written first; from there they
+            are copied to `root` in the background.
+        storage, ranks: of `root` and of the run; by default new ones.
+        lock: the run's, which `close` releases.
     """
 
-    def __init__(self, root: str, keep_last: int | None = None) -> None:
-        self.root = root
-        self._storage = Storage(root)
-        self._keep_last = keep_last
+    def __init__(
+        self,
+        root: str,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        *,
+        asynchronous: bool = False,
+        staging: str | None = None,
+        storage: Storage | None = None,
+        ranks: Ranks | None = None,
+        lock: RunLock | None = None,
+    ) -> None:
+        super().__init__(root, storage)
+        self._retention = Retention(keep_last, keep_every)
+        self._asynchronous = asynchronous
+        self._staging = CheckpointFolder(staging) if staging else None
+        self._given_ranks = ranks
+        self._lock = lock
+        self._snapshot = Snapshot()
+        self._task = BackgroundTask()
 
-    def recover(self) -> None:
-        """Give back its name to a checkpoint that a kill caught between a replacement's renames."""
-        for name in self._storage.folders():
-            original = name.removeprefix(RETIRED_PREFIX)
-            if original == name or not _NAME.match(original):
-                continue
-            if self._storage.exists(original, MANIFEST_NAME):
-                self._storage.remove_folder(name)
-            else:
-                self._storage.commit_folder(name, original)
-
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        found = []
-        for name in self._storage.folders():
-            match = _NAME.match(name)
-            if match and self._storage.exists(name, MANIFEST_NAME):
-                found.append(int(match.group(1)))
-        return sorted(found)
-
-    def path(self, step: int) -> str:
-        """Path of the checkpoint at `step`."""
-        return self._storage.path(step_name(step))
+    @property
+    def _ranks(self) -> Ranks:
+        if self._given_ranks is None:  # not before: making them is collective
+            self._given_ranks = make_ranks()
+        return self._given_ranks
 
     def save(
         self,
@@ -67,19 +175,79 @@ class CheckpointManager:
         state: Mapping[str, Any],
         attachments: Mapping[str, bytes],
         keep: int | None = None,
+        replicas: Iterable[Fragment] = (),
     ) -> str:
         """Write the checkpoint of `step`, then prune; collective. Returns its path.
 
+        Asynchronous: first waits for the save before, then for the copy to host memory only.
+
         Args:
+            fragments: what this rank owns; each element is on one rank.
             keep: a step whose checkpoint is not pruned however old it is.
+            replicas: all that this rank holds, so that ranks that hold the same share the work.
+
+        Raises:
+            UserError: this save, or the one before in the background, failed on some rank.
         """
-        write_checkpoint(self.root, step_name(step), step, fragments, state, attachments)
-        if dist.get_rank() == 0:
-            self._prune(keep)
+        self.finish()
+        owned = own(list(fragments), list(replicas), self._ranks)
+        if self._asynchronous:
+            owned = self._snapshot.take(owned)
+        frozen = json.loads(json.dumps(state))
+        content = Content(step, owned, torch.get_rng_state(), frozen, dict(attachments))
+        kept = [] if keep is None else [keep]
+        if self._asynchronous:
+            self._task.start(lambda: self._write(content, kept))
+        elif self._staging is not None:
+            self._write_to(self._staging, content)
+            self._task.start(lambda: self._upload(content.step, kept))
+        else:
+            self._write(content, kept)
         return self.path(step)
+
+    def is_busy(self) -> bool:
+        """Whether a save goes on in the background of this rank."""
+        return self._task.is_busy()
+
+    def has_failed(self) -> bool:
+        """Whether this rank's save in the background has failed; `finish` tells why."""
+        return self._task.failed()
+
+    def finish(self) -> None:
+        """Wait until nothing is being saved in the background.
+
+        Raises:
+            UserError: the save failed; told once. The checkpoints before it are untouched.
+        """
+        self._task.wait()
+
+    def _write(self, content: Content, keep: list[int]) -> None:
+        if self._staging is not None:
+            self._write_to(self._staging, content)
+            self._upload(content.step, keep)
+            return
+        self._write_to(self, content)
+        agree(self._ranks, lambda: self._prune_all(keep))
+
+    def _write_to(self, folder: CheckpointFolder, content: Content) -> None:
+        write_checkpoint(folder.storage, step_name(content.step), content, self._ranks)
+
+    def _upload(self, step: int, keep: list[int]) -> None:
+        """Copy a staged checkpoint to the run's folder, then prune both."""
+        assert self._staging is not None
+        upload(self._staging.storage, self.storage, step_name(step), self._ranks)
+        agree(self._ranks, lambda: self._prune_all(keep))
+
+    def _prune_all(self, keep: list[int]) -> None:
+        if self._ranks.rank == 0:
+            self.prune(self._retention, keep)
+            if self._staging is not None:
+                self._staging.prune(Retention(_STAGED))
 
     def open_newest_intact(self) -> tuple[CheckpointReader | None, list[str]]:
         """Open the newest checkpoint whose every file is intact; collective.
+
+        Where a checkpoint is also in the staging folder, that copy is tried first.
 
         Returns:
             (reader, notes): the reader is None when there is no checkpoint at all; the notes say
@@ -89,12 +257,16 @@ class CheckpointManager:
             UserError: there are checkpoints, but none is intact.
         """
         notes: list[str] = []
-        for step in reversed(self._shared_steps()):
-            reader, reason = _open_intact(self.path(step))
-            if reader is not None:
-                return reader, notes
-            notes.append(f"{self.path(step)} passed over: {reason}")
-        if notes:
+        damaged = False
+        for path, complete in self._shared_candidates():
+            reason = f"{MANIFEST_NAME} is missing: it was never complete, or is damaged"
+            if complete:
+                reader, reason = _open_intact(path, self._ranks)
+                if reader is not None:
+                    return reader, notes
+                damaged = True
+            notes.append(f"{path} passed over: {reason}")
+        if damaged:
             raise UserError(
                 "no intact checkpoint to resume from:\n    " + "\n    ".join(notes),
                 rule="every file must have the size and checksum that its manifest records",
@@ -102,21 +274,30 @@ class CheckpointManager:
             )
         return None, notes
 
-    def _shared_steps(self) -> list[int]:
-        """Rank 0's view of the steps, so that all ranks try the same ones."""
-        if dist.get_rank() == 0:
-            self.recover()
-        shared = [self.steps() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0] or []
+    def _shared_candidates(self) -> list[tuple[str, bool]]:
+        """(path, has a manifest), newest first: rank 0's view, so that all try the same ones."""
 
-    def _prune(self, keep: int | None) -> None:
-        if self._keep_last is None:
-            return
-        for step in self.steps()[: -self._keep_last]:
-            if step == keep:
-                continue
-            self._storage.remove_folder(step_name(step))
+        def look() -> list[tuple[str, bool]]:
+            if self._ranks.rank:
+                return []
+            found: list[tuple[int, int, str, bool]] = []
+            for order, folder in enumerate([self._staging, self]):
+                if folder is not None:
+                    folder.recover()
+                    rows = (
+                        (s, -order, folder.path(s), folder.is_complete(s))
+                        for s in folder.all_steps()
+                    )
+                    found += rows
+            return [(path, complete) for _, _, path, complete in sorted(found, reverse=True)]
+
+        return [(path, complete) for path, complete in agree(self._ranks, look)[0]]
+
+    def close(self) -> None:
+        """Wait for the background, whatever comes of it, and give the folder free."""
+        self._task.abandon()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def open_intact(path: str) -> CheckpointReader:
@@ -125,7 +306,7 @@ def open_intact(path: str) -> CheckpointReader:
     Raises:
         UserError: not a complete checkpoint, or a damaged one; on all ranks alike.
     """
-    reader, reason = _open_intact(path)
+    reader, reason = _open_intact(path, make_ranks())
     if reader is None:
         raise UserError(
             f"checkpoint {path} cannot be used: {reason}",
@@ -135,17 +316,17 @@ def open_intact(path: str) -> CheckpointReader:
     return reader
 
 
-def _open_intact(path: str) -> tuple[CheckpointReader | None, str]:
+def _open_intact(path: str, ranks: Ranks) -> tuple[CheckpointReader | None, str]:
     """(reader, "") if all ranks agree that it is intact, else (None, first reason)."""
     reader, reason = None, ""
     try:
         reader = CheckpointReader(path)
-        reason = reader.damage(dist.get_rank(), dist.get_world_size()) or ""
+        reason = reader.damage(ranks.rank, ranks.size) or ""
     except UserError as error:
         reason = error.what
-    reasons: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    first = next((text for text in reasons if text), "")
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+    first = next((text for text in ranks.exchange(reason) if text), "")
     if first and reader is not None:
         reader.close()
     return (None, first) if first else (reader, "")

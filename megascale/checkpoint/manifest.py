@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Literal
+from collections import defaultdict
+from typing import Annotated, Any, Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,12 +17,19 @@ from megascale.checkpoint.storage import Storage
 from megascale.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
+RNG_KEY = "rng/torch_cpu"
+"""Key of the state of torch's CPU generator in each rank's file."""
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 1 << 30
+_MAX_ELEMENTS = 1 << 56  # positions in a tensor are 64-bit integers
 _SAFE_FILE = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+_Size = Annotated[int, Field(ge=0)]
 
 
 class FileEntry(_Strict):
@@ -55,7 +63,7 @@ class Manifest(_Strict):
     step: int = Field(ge=0)
     world_size: int = Field(ge=1)
     kinds: tuple[str, ...]
-    parameters: dict[str, tuple[int, ...]]
+    parameters: dict[str, tuple[_Size, ...]]
     files: tuple[FileEntry, ...]
     pieces: tuple[Piece, ...]
     state: dict[str, Any]
@@ -86,16 +94,29 @@ def read_manifest(storage: Storage) -> Manifest:
             rule="a checkpoint is a folder step_XXXXXXXX with a manifest.json",
             remedy="give the path of such a folder (they lie in <run.output_dir>/checkpoints)",
         )
-    with storage.open_read(MANIFEST_NAME) as stream:
-        raw = stream.read()
+    if storage.is_link(MANIFEST_NAME):
+        raise _damaged(where, "it is a link")
+    try:
+        with storage.open_read(MANIFEST_NAME) as stream:
+            raw = stream.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise _damaged(where, f"it cannot be read ({error.strerror or error})") from error
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise _damaged(where, f"it has more than {MAX_MANIFEST_BYTES} bytes")
     manifest = _parse(raw, where)
-    _check_pieces(manifest, where)
+    reason = _illegal(manifest)
+    if reason:
+        raise UserError(
+            f"{where}: {reason}",
+            rule="pieces lie in their parameter and in a listed file, each element in one piece",
+            remedy="use another checkpoint; this manifest is damaged",
+        )
     return manifest
 
 
 def _parse(raw: bytes, where: str) -> Manifest:
     try:
-        content = json.loads(raw)
+        content = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise _damaged(where, f"not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -133,23 +154,70 @@ def _damaged(where: str, what: str) -> UserError:
     )
 
 
-def _check_pieces(manifest: Manifest, where: str) -> None:
-    files = {entry.path for entry in manifest.files}
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are told apart by every reader: for `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return content
+
+
+def _illegal(manifest: Manifest) -> str:
+    """What no writer writes: "" when all pieces are as the format says."""
+    sizes = {entry.path: entry.bytes for entry in manifest.files}
+    if len(sizes) != len(manifest.files):
+        return "a file is listed twice"
+    for name, shape in manifest.parameters.items():
+        if math.prod(shape) > _MAX_ELEMENTS:
+            return f"the parameter {name!r} has the impossible shape {list(shape)}"
+    held: dict[tuple[str, str], dict[Any, list[Piece]]] = defaultdict(lambda: defaultdict(list))
     for piece in manifest.pieces:
-        shape = manifest.parameters.get(piece.name)
-        legal = (
-            shape is not None
-            and piece.file in files
-            and len(piece.box) == len(shape)
-            and all(
-                0 <= begin < end <= size
-                for (begin, end), size in zip(piece.box, shape, strict=True)
-            )
-            and piece.start + piece.numel <= math.prod(end - begin for begin, end in piece.box)
+        if not _is_legal(piece, manifest.parameters.get(piece.name), sizes):
+            return f"the piece of {piece.name!r} in {piece.file!r} is not legal"
+        sizes[piece.file] -= piece.numel * len(piece.kinds)  # of at least one byte each
+        if sizes[piece.file] < 0:
+            return f"the pieces in {piece.file!r} are larger than the file"
+        for kind in piece.kinds:
+            held[piece.name, kind][piece.box].append(piece)
+    for (name, kind), boxes in held.items():
+        if _overlap(boxes):
+            return f"pieces of {kind} of {name!r} overlap"
+    return ""
+
+
+def _is_legal(piece: Piece, shape: tuple[int, ...] | None, sizes: dict[str, int]) -> bool:
+    return (
+        shape is not None
+        and piece.file in sizes
+        and len(piece.box) == len(shape)
+        and all(
+            0 <= begin < end <= size for (begin, end), size in zip(piece.box, shape, strict=True)
         )
-        if not legal:
-            raise UserError(
-                f"{where}: the piece of {piece.name!r} in {piece.file!r} is not legal",
-                rule="a piece lies inside its parameter and in a listed file",
-                remedy="use another checkpoint; this manifest is damaged",
-            )
+        and piece.start + piece.numel <= math.prod(end - begin for begin, end in piece.box)
+        and len(set(piece.kinds)) == len(piece.kinds)
+    )
+
+
+def _overlap(boxes: dict[Any, list[Piece]]) -> bool:
+    """Whether an element lies in two pieces; boxes of different cuts may not meet at all."""
+    for pieces in boxes.values():
+        ends = 0
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            if piece.start < ends:
+                return True
+            ends = piece.start + piece.numel
+    # sweep along one dimension: only boxes whose intervals meet there are compared
+    ordered = sorted(boxes)
+    for index, one in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if not one or other[0][0] >= one[0][1]:
+                break
+            if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
+                return True
+    return False

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import numpy as np
 import torch
 import xxhash
 
-from megascale.checkpoint.manifest import Piece, read_manifest, tensor_key
+from megascale.checkpoint.manifest import RNG_KEY, FileEntry, Piece, read_manifest, tensor_key
 from megascale.checkpoint.name_lists import folded
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorFile
-from megascale.checkpoint.writer import RNG_KEY
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, global_runs, whole_box
 
-_CHUNK = 4 * 1024 * 1024
+_CHUNK = 256 * 1024  # small enough to be hashed from the processor's cache
 
 
 class CheckpointReader:
@@ -45,17 +45,38 @@ class CheckpointReader:
         At scale every rank checks its share, so the whole is read once over all ranks.
         """
         for entry in self.manifest.files[part::parts]:
+            reason = self._damage_of(entry)
+            if reason:
+                return f"{entry.path} {reason}"
+        return None
+
+    def _damage_of(self, entry: FileEntry) -> str | None:
+        if not self.storage.exists(entry.path):
+            return "is missing"
+        if self.storage.is_link(entry.path):
+            return "is a link, and may show something else tomorrow"
+        size = self.storage.size(entry.path)
+        if size != entry.bytes:
+            return f"has {size} bytes, the manifest says {entry.bytes}"
+        digest = xxhash.xxh3_128()
+        block = memoryview(bytearray(_CHUNK))
+        try:
+            with self.storage.open_read(entry.path) as stream:
+                while got := stream.readinto(block):  # type: ignore[attr-defined]
+                    digest.update(block[:got])
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+        if digest.hexdigest() != entry.xxh3_128:
+            return "has another checksum than the manifest: its bytes changed"
+        return None
+
+    def sizes_differ(self) -> str | None:
+        """What is wrong with the files' presence and sizes, or None; reads none of them."""
+        for entry in self.manifest.files:
             if not self.storage.exists(entry.path):
                 return f"{entry.path} is missing"
-            size = self.storage.size(entry.path)
-            if size != entry.bytes:
-                return f"{entry.path} has {size} bytes, the manifest says {entry.bytes}"
-            digest = xxhash.xxh3_128()
-            with self.storage.open_read(entry.path) as stream:
-                while block := stream.read(_CHUNK):
-                    digest.update(block)
-            if digest.hexdigest() != entry.xxh3_128:
-                return f"{entry.path} has another checksum than the manifest: its bytes changed"
+            if self.storage.size(entry.path) != entry.bytes:
+                return f"{entry.path} does not have the {entry.bytes} bytes of the manifest"
         return None
 
     def require_intact(self) -> None:
@@ -106,6 +127,21 @@ class CheckpointReader:
                 remedy="use another checkpoint; this one's manifest is damaged",
             )
 
+    def state_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Shape of one kind of a parameter's state, None where it has none.
+
+        That of the parameter, but for states that are reduced over a dimension.
+        """
+        pieces = self._pieces.get((name, kind))
+        if not pieces:
+            return None
+        shape = tuple(self.manifest.parameters[name])
+        held = sum(piece.numel for piece in pieces)
+        if held == math.prod(shape):
+            return shape
+        ends = [max(piece.box[dim][1] for piece in pieces) for dim in range(len(shape))]
+        return tuple(ends)
+
     def rng_state(self, rank: int) -> torch.Tensor:
         """torch's CPU generator state that `rank` had when the checkpoint was written."""
         return self._file(f"rank_{rank:05d}.safetensors").read(RNG_KEY)
@@ -123,10 +159,12 @@ class CheckpointReader:
 
     def _file(self, path: str) -> TensorFile:
         if path not in self._open:
-            if not self.storage.exists(path):
+            missing = not self.storage.exists(path)
+            if missing or self.storage.is_link(path):
+                reason = "is missing" if missing else "is a link"
                 raise UserError(
-                    f"checkpoint {self.storage.root} is damaged: {path} is missing",
-                    rule="every file that the manifest lists must be there",
+                    f"checkpoint {self.storage.root} is damaged: {path} {reason}",
+                    rule="every file that the manifest lists must be there, and be a file",
                     remedy="use another checkpoint of the run",
                 )
             stream = self.storage.open_read(path)
@@ -149,9 +187,9 @@ class CheckpointReader:
         file = self._file(piece.file)
         key = tensor_key(fragment.kind, fragment.name)
         for begin, at, length in zip(into, source, lengths, strict=True):
-            values = file.read(key, int(at), int(length))
-            self.bytes_read += values.numel() * values.element_size()
-            fragment.tensor[int(begin) : int(begin) + int(length)].copy_(values)
+            into_part = fragment.tensor[int(begin) : int(begin) + int(length)]
+            file.read_into(key, int(at), into_part)
+            self.bytes_read += into_part.numel() * file.dtype(key).itemsize
         return int(lengths.sum())
 
 

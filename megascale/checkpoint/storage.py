@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -15,6 +15,19 @@ from megascale.errors import UserError
 
 RETIRED_PREFIX = ".replaced_"
 """Name that a folder has while another one takes its place."""
+WRITING_PREFIX = ".writing_"
+"""Name that a folder has until it is complete."""
+REMOVING_PREFIX = ".removing_"
+"""Name that a folder has while its files are removed."""
+
+Before = Callable[[str, str], None]
+"""Called before each change with its kind (make, write, sync, rename, remove) and the path.
+
+What it raises happens at that very point: tests end a save there, or fill the disk."""
+
+
+def _go_on(change: str, path: str) -> None:
+    """The usual `Before`: nothing happens."""
 
 
 @contextmanager
@@ -26,7 +39,7 @@ def explain_write_errors(path: str) -> Iterator[None]:
         remedies = {
             errno.ENOSPC: "free space, or lower checkpoint.keep_last; nothing saved before is lost",
             errno.EDQUOT: "raise the quota or lower checkpoint.keep_last",
-            errno.EROFS: "choose a writable run.output_dir",
+            errno.EROFS: "choose a writable run.output_dir or checkpoint.folder",
             errno.EACCES: "choose a run.output_dir that this user may write to",
         }
         raise UserError(
@@ -36,20 +49,53 @@ def explain_write_errors(path: str) -> Iterator[None]:
         ) from error
 
 
+class _Stream:
+    """A file being written that announces each write."""
+
+    def __init__(self, stream: IO[bytes], path: str, before: Before) -> None:
+        self._stream, self._path, self._before = stream, path, before
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`; returns its length."""
+        self._before("write", self._path)
+        self._stream.write(data)
+        return len(data)
+
+
 class Storage:
     """A folder reached through fsspec: local path, or any URL that fsspec knows.
 
     Args:
         root: path or URL of the folder; it need not exist.
+        before: see `Before`.
+
+    Raises:
+        UserError: no file system of fsspec for the URL, or its package is not installed.
     """
 
-    def __init__(self, root: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(root)
+    def __init__(self, root: str, before: Before = _go_on) -> None:
+        self.url = root
+        self._before = before
+        # a listing that is remembered does not show what another process wrote
+        options = {"use_listings_cache": False} if "://" in root else {}
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(root, **options)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot open {root}: {error}",
+                rule="a path is local, or a URL that fsspec knows (s3://, gs://, ...)",
+                remedy="install the package that fsspec names (pip install 'megascale[s3]' for s3)",
+            ) from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, *parts: str) -> str:
-        """Full path of something below the root."""
+        """Full path of something below the root, without the protocol."""
         return "/".join([self.root.rstrip("/"), *parts])
+
+    def location(self, *parts: str) -> str:
+        """What opens something below the root again: a path, or a URL."""
+        base = self.root if self.is_local else self.url
+        return "/".join([base.rstrip("/"), *parts])
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""
@@ -59,11 +105,17 @@ class Storage:
         """Size of a file in bytes."""
         return self.fs.size(self.path(*parts))
 
+    def is_link(self, *parts: str) -> bool:
+        """Whether a local file is reached through a link below the root."""
+        if not self.is_local:
+            return False
+        below = os.path.relpath(os.path.realpath(self.path(*parts)), os.path.realpath(self.root))
+        return below != os.path.join(*parts)
+
     def folders(self) -> list[str]:
         """Names of the folders directly below the root, sorted; empty when it does not exist."""
         if not self.fs.isdir(self.root):
             return []
-        self.fs.invalidate_cache(self.root)
         entries = self.fs.ls(self.root, detail=True)
         return sorted(
             entry["name"].rstrip("/").split("/")[-1]
@@ -74,13 +126,22 @@ class Storage:
     def make_folder(self, *parts: str) -> None:
         """Create a folder and its parents."""
         with explain_write_errors(self.path(*parts)):
+            self._before("make", self.path(*parts))
             self.fs.makedirs(self.path(*parts), exist_ok=True)
 
     def remove_folder(self, *parts: str) -> None:
         """Remove a folder with its contents, if it is there."""
         if self.exists(*parts):
             with explain_write_errors(self.path(*parts)):
+                self._before("remove", self.path(*parts))
                 self.fs.rm(self.path(*parts), recursive=True)
+
+    def remove_file(self, *parts: str) -> None:
+        """Remove a file, if it is there."""
+        if self.exists(*parts):
+            with explain_write_errors(self.path(*parts)):
+                self._before("remove", self.path(*parts))
+                self.fs.rm_file(self.path(*parts))
 
     def open_read(self, *parts: str) -> IO[bytes]:
         """Open a file for reading; the caller closes it."""
@@ -91,12 +152,24 @@ class Storage:
         """Open a file for writing; on a clean exit its bytes are on the device (fsync)."""
         path = self.path(*parts)
         with explain_write_errors(path):
+            self._before("write", path)
             opened: Any = open(path, "wb") if self.is_local else self.fs.open(path, "wb")  # noqa: SIM115
             with opened as stream:
-                yield stream
+                yield _Stream(stream, path, self._before)  # type: ignore[misc]
                 if self.is_local:
                     stream.flush()
+                    self._before("sync", path)
                     os.fsync(stream.fileno())
+
+    def rename_folder(self, source: str, target: str) -> None:
+        """Give a folder below the root another name that is free; at once on a local disk."""
+        with explain_write_errors(self.path(target)):
+            self._before("rename", self.path(source))
+            if not self.is_local:
+                self.fs.mv(self.path(source), self.path(target), recursive=True)
+                return
+            os.rename(self.path(source), self.path(target))
+            self._sync_folder(self.root)
 
     def commit_folder(self, temporary: str, final: str) -> None:
         """Give a written folder its final name in one rename; an old one there is replaced.
@@ -104,26 +177,25 @@ class Storage:
         A reader sees either no folder, the old one, or the new one, never a half-written one.
         """
         with explain_write_errors(self.path(final)):
-            self._commit(self.path(temporary), self.path(final), f"{RETIRED_PREFIX}{final}")
+            if not self.is_local:
+                self.rename_folder(temporary, final)
+                return
+            for folder, _, _ in os.walk(self.path(temporary)):
+                self._sync_folder(folder)
+            retired = f"{RETIRED_PREFIX}{final}"
+            replaces = self.exists(final)
+            if replaces:
+                self.remove_folder(retired)
+                self._before("rename", self.path(final))
+                os.rename(self.path(final), self.path(retired))
+            self.rename_folder(temporary, final)
+            if replaces:
+                self.remove_folder(retired)
 
-    def _commit(self, source: str, target: str, retired: str) -> None:
-        if not self.is_local:
-            self.fs.mv(source, target, recursive=True)
-            return
-        _fsync_folder(source)
-        replaces = os.path.exists(target)
-        if replaces:
-            self.remove_folder(retired)
-            os.rename(target, self.path(retired))
-        os.rename(source, target)
-        _fsync_folder(self.root)
-        if replaces:
-            self.remove_folder(retired)
-
-
-def _fsync_folder(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _sync_folder(self, path: str) -> None:
+        self._before("sync", path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -15,6 +15,7 @@ from typing import IO
 import torch
 import xxhash
 
+from megascale.checkpoint.manifest import unique_keys
 from megascale.errors import UserError
 
 _DTYPES = {
@@ -34,6 +35,7 @@ _DTYPES = {
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _CHUNK = 4 * 1024 * 1024
+_HASHED_CHUNK = 256 * 1024  # still in the processor's cache when it is written after its hash
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def write_streams(
         for part in tensor.blocks():
             assert part.dtype == tensor.dtype, tensor.key
             data = _bytes_of(part.detach().cpu().contiguous())
-            for begin in range(0, len(data), _CHUNK):
-                chunk = data[begin : begin + _CHUNK]
+            for begin in range(0, len(data), _HASHED_CHUNK):
+                chunk = data[begin : begin + _HASHED_CHUNK]
                 digest.update(chunk)
                 written += stream.write(chunk)
     assert written == 8 + len(text) + offset, "blocks that do not make up their tensors"
@@ -168,8 +170,29 @@ class TensorFile:
                 remedy="use another checkpoint; this one's manifest does not match its files",
             )
         out = torch.empty(count, dtype=entry.dtype)
+        self._read_into(out, entry.begin + start * out.element_size(), key)
+        return out
+
+    def read_into(self, key: str, start: int, out: torch.Tensor) -> None:
+        """Read elements [start, start + out.numel()) of the flattened `key` into 1-D `out`.
+
+        Straight into its memory where type and device allow it, else through a small buffer.
+        """
+        entry = self._entry(key)
+        if start < 0 or start + out.numel() > entry.numel:
+            self.read(key, start, out.numel())  # raises
+        size = entry.dtype.itemsize
+        if out.dtype == entry.dtype and out.device.type == "cpu" and out.is_contiguous():
+            self._read_into(out.detach(), entry.begin + start * size, key)
+            return
+        step = _CHUNK // size
+        for begin in range(0, out.numel(), step):
+            part = out[begin : begin + step]
+            part.copy_(self.read(key, start + begin, part.numel()))
+
+    def _read_into(self, out: torch.Tensor, position: int, key: str) -> None:
         buffer = _bytes_of(out)
-        self._stream.seek(entry.begin + start * out.element_size())
+        self._stream.seek(position)
         filled = 0
         while filled < len(buffer):
             got = self._stream.readinto(buffer[filled : filled + _CHUNK])  # type: ignore[attr-defined]
@@ -180,7 +203,6 @@ class TensorFile:
                     remedy="use another checkpoint; this one is truncated",
                 )
             filled += got
-        return out
 
     def close(self) -> None:
         """Close the stream."""
@@ -200,7 +222,7 @@ def _parse_header(stream: IO[bytes], size: int) -> dict[str, _Entry]:
     length = int.from_bytes(stream.read(8), "little")
     if length > min(_MAX_HEADER, size - 8):
         raise ValueError(f"header of {length} bytes in a file of {size}")
-    header = json.loads(stream.read(length))
+    header = json.loads(stream.read(length), object_pairs_hook=unique_keys)
     entries: dict[str, _Entry] = {}
     spans: list[tuple[int, int]] = []
     for key, item in header.items():

@@ -2,76 +2,84 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 
 from megascale import __version__
 from megascale.checkpoint.manifest import (
     MANIFEST_NAME,
+    RNG_KEY,
     FileEntry,
     Manifest,
     Piece,
     dump_manifest,
     tensor_key,
 )
-from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.ranks import Ranks, agree
+from megascale.checkpoint.storage import WRITING_PREFIX, Storage
 from megascale.checkpoint.tensor_file import TensorStream, write_streams, write_tensors
 from megascale.errors import UserError
-from megascale.parallel.fragment import Fragment, whole_box
-
-RNG_KEY = "rng/torch_cpu"
+from megascale.parallel.fragment import Box, Fragment, whole_box
 
 
-def write_checkpoint(
-    root: str,
-    name: str,
-    step: int,
-    fragments: Iterable[Fragment],
-    state: Mapping[str, Any],
-    attachments: Mapping[str, bytes],
-) -> None:
-    """Write the checkpoint `root`/`name`. Collective; all ranks return or raise together.
+@dataclass(frozen=True)
+class Content:
+    """What one rank puts into a checkpoint.
 
-    Args:
-        root: folder of the run's checkpoints.
-        name: the checkpoint's folder name.
+    Attributes:
         step: optimizer steps done.
-        fragments: what this rank owns.
+        fragments: what this rank writes; no element on two ranks.
+        rng: state of torch's CPU generator on this rank.
         state: JSON values that are the same on all ranks (trainer, schedule, data position).
         attachments: small files to store beside the tensors (config, tokenizer), by path; only
             rank 0's are written.
+    """
+
+    step: int
+    fragments: Sequence[Fragment]
+    rng: torch.Tensor
+    state: Mapping[str, Any]
+    attachments: Mapping[str, bytes]
+
+
+def write_checkpoint(storage: Storage, name: str, content: Content, ranks: Ranks) -> None:
+    """Write the checkpoint `name` below `storage`. Collective; all ranks return or raise together.
+
+    On a local disk everything is written into a folder of another name and committed by one
+    rename. An object store has no rename: there the manifest, written last, is the commit.
 
     Raises:
         UserError: some rank could not write (disk full, no permission). What was complete before
             is untouched.
     """
-    storage = Storage(root)
-    temporary = f".writing_{name}"
-    rank = dist.get_rank()
+    rank = ranks.rank
+    working = f"{WRITING_PREFIX}{name}" if storage.is_local else name
 
     def commit(written: list[dict[str, Any]]) -> None:
         if rank == 0:
-            files = [_write_attachment(storage, temporary, *item) for item in attachments.items()]
-            manifest = _merge(written, files, step, state)
-            with storage.open_write(temporary, MANIFEST_NAME) as stream:
+            small = content.attachments.items()
+            files = [_write_attachment(storage, working, *item) for item in small]
+            manifest = _merge(written, files, content.step, content.state)
+            with storage.open_write(working, MANIFEST_NAME) as stream:
                 stream.write(dump_manifest(manifest))
-            storage.commit_folder(temporary, name)
+            if working != name:
+                storage.commit_folder(working, name)
 
     try:
-        _agree(lambda: _start_folder(storage, temporary) if rank == 0 else None)
-        rows = _agree(lambda: _write_rank_file(storage, temporary, rank, list(fragments)))
-        _agree(lambda: commit(rows))
+        agree(ranks, lambda: _start_folder(storage, working) if rank == 0 else None)
+        rows = agree(ranks, lambda: _write_rank_file(storage, working, rank, content))
+        agree(ranks, lambda: commit(rows))
     except BaseException:
         if rank == 0:
-            storage.remove_folder(temporary)
+            with contextlib.suppress(UserError, OSError):  # what came first is what is told
+                storage.remove_folder(working)
         raise
 
 
@@ -95,7 +103,7 @@ def write_weights(
         UserError: the folder cannot be written.
     """
     storage = Storage(root)
-    temporary = f".writing_{name}"
+    temporary = f"{WRITING_PREFIX}{name}"
     try:
         _start_folder(storage, temporary)
         written = [
@@ -109,6 +117,51 @@ def write_weights(
         storage.commit_folder(temporary, name)
     except BaseException:
         storage.remove_folder(temporary)
+        raise
+
+
+@dataclass(frozen=True)
+class StreamedFile:
+    """One tensor file to write: its tensors, and (parameter, kind, box) of those that are state."""
+
+    tensors: list[TensorStream]
+    pieces: list[tuple[str, str, Box]]
+
+
+def write_streamed(
+    storage: Storage,
+    name: str,
+    files: Sequence[StreamedFile],
+    like: Manifest,
+    attachments: Mapping[str, bytes],
+) -> None:
+    """Write a checkpoint of whole tensors, with step, parameters and state of `like`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    temporary = f"{WRITING_PREFIX}{name}"
+    try:
+        _start_folder(storage, temporary)
+        entries, pieces = [], []
+        for number, file in enumerate(files):
+            path = f"rank_{number:05d}.safetensors"
+            with storage.open_write(temporary, path) as stream:
+                size, digest = write_streams(stream, file.tensors)
+            entries.append(FileEntry(path=path, bytes=size, xxh3_128=digest))
+            for parameter, kind, box in file.pieces:
+                numel = math.prod(end - begin for begin, end in box)
+                pieces.append(
+                    Piece(file=path, name=parameter, kinds=(kind,), box=box, start=0, numel=numel)
+                )
+        entries += [_write_attachment(storage, temporary, *item) for item in attachments.items()]
+        changes = {"world_size": len(files), "files": tuple(entries), "pieces": tuple(pieces)}
+        with storage.open_write(temporary, MANIFEST_NAME) as stream:
+            stream.write(dump_manifest(like.model_copy(update=changes)))
+        storage.commit_folder(temporary, name)
+    except BaseException:
+        with contextlib.suppress(UserError, OSError):
+            storage.remove_folder(temporary)
         raise
 
 
@@ -150,40 +203,25 @@ def _write_weight_file(
     }
 
 
-def _agree(action: Any) -> list[Any]:
-    """Run `action` on every rank, exchange results, and fail on all ranks if one failed."""
-    outcome: dict[str, Any]
-    try:
-        outcome = {"value": action()}
-    except UserError as error:
-        outcome = {"error": str(error)}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, json.dumps(outcome))
-    outcomes = [json.loads(text) for text in everyone]
-    for rank, other in enumerate(outcomes):
-        if "error" in other:
-            raise UserError(f"rank {rank}: {other['error']}")
-    return [other["value"] for other in outcomes]
+def _start_folder(storage: Storage, working: str) -> None:
+    # left by a run that was killed while saving; without its manifest it is no checkpoint at once
+    storage.remove_file(working, MANIFEST_NAME)
+    storage.remove_folder(working)
+    storage.make_folder(working)
 
 
-def _start_folder(storage: Storage, temporary: str) -> None:
-    storage.remove_folder(temporary)  # left by a run that was killed while saving
-    storage.make_folder(temporary)
-
-
-def _write_rank_file(
-    storage: Storage, temporary: str, rank: int, fragments: list[Fragment]
-) -> dict[str, Any]:
+def _write_rank_file(storage: Storage, working: str, rank: int, content: Content) -> dict[str, Any]:
     """Write this rank's tensors; returns its rows of the manifest as JSON values."""
     file = f"rank_{rank:05d}.safetensors"
-    tensors = {tensor_key(f.kind, f.name): f.tensor for f in fragments}
-    tensors[RNG_KEY] = torch.get_rng_state()
-    with storage.open_write(temporary, file) as stream:
+    tensors = {tensor_key(f.kind, f.name): f.tensor for f in content.fragments}
+    assert len(tensors) == len(content.fragments), "a rank has one range of a parameter"
+    tensors[RNG_KEY] = content.rng
+    with storage.open_write(working, file) as stream:
         size, digest = write_tensors(stream, tensors)
     pieces: dict[Any, dict[str, Any]] = {}
-    for f in fragments:
+    for f in content.fragments:
         piece = pieces.setdefault(
-            (f.name, f.box, f.start),
+            (f.name, f.box, f.start, f.numel),
             {"file": file, "name": f.name, "kinds": [], "box": f.box, "start": f.start},
         )
         piece["kinds"].append(f.kind)
@@ -191,7 +229,7 @@ def _write_rank_file(
     return {
         "file": {"path": file, "bytes": size, "xxh3_128": digest},
         "pieces": list(pieces.values()),
-        "shapes": {f.name: f.global_shape for f in fragments},
+        "shapes": {f.name: f.global_shape for f in content.fragments},
     }
 
 
@@ -205,10 +243,16 @@ def _write_attachment(storage: Storage, temporary: str, path: str, content: byte
     return FileEntry(path=path, bytes=len(content), xxh3_128=digest)
 
 
+def _piece(values: dict[str, Any]) -> Piece:
+    """A piece from JSON values, which know lists only."""
+    box = tuple((begin, end) for begin, end in values["box"])
+    return Piece(**{**values, "kinds": tuple(values["kinds"]), "box": box})
+
+
 def _merge(
     written: list[dict[str, Any]], files: list[FileEntry], step: int, state: Mapping[str, Any]
 ) -> Manifest:
-    pieces = [Piece(**piece) for part in written for piece in part["pieces"]]
+    pieces = [_piece(piece) for part in written for piece in part["pieces"]]
     parameters: dict[str, tuple[int, ...]] = {}
     for part in written:
         parameters.update({name: tuple(shape) for name, shape in part["shapes"].items()})

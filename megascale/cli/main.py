@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megascale import __version__
+from megascale.cli import checkpoint as checkpoint_command
 from megascale.cli import config as config_command
 from megascale.cli import convert as convert_command
 from megascale.cli import plan as plan_command
@@ -28,6 +29,7 @@ def build_app() -> typer.Typer:
         add_completion=True,
     )
     app.callback()(root)
+    app.add_typer(checkpoint_command.app, name="checkpoint")
     app.add_typer(config_command.app, name="config")
     app.add_typer(convert_command.app, name="convert")
     app.add_typer(plan_command.app, name="plan")

@@ -17,6 +17,7 @@ from megascale.cli.config import ConfigFile, Overrides, all_checks
 from megascale.cli.process import distributed_process
 from megascale.config.load import load_config
 from megascale.config.schema import Config
+from megascale.errors import UserError
 from megascale.launcher.failure import read_notes
 from megascale.launcher.local import launch_local
 from megascale.verification.layout import (
@@ -99,6 +100,101 @@ def ranks(
                 count = min(steps, SGD_STEPS) if variant == "sgd" else steps
                 record_run(checked, place, count, folder / str(chosen) / variant)
             (folder / str(chosen) / "done").touch()
+
+
+@app.command()
+def resume(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    source: Annotated[
+        str, typer.Option("--from", help='Layout of the killed run, e.g. "tp=2,dp=2,zero=1".')
+    ] = "dp=1",
+    target: Annotated[
+        str, typer.Option("--to", help="Layout that continues it; the same by default.")
+    ] = "",
+    at_step: Annotated[int, typer.Option(min=1, help="Step after which is saved.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare after it.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Compare a run that was killed and continued elsewhere with the one that never stopped."""
+    base = list(overrides or ())
+    origin, goal = _one_layout(source), _one_layout(target or source)
+    checked = [_load(config, base, one) for one in (origin, goal)]
+    folder = Path(tempfile.mkdtemp(prefix="megascale-verify-"))
+    console = Console()
+    console.print(
+        f"from {origin} to {goal}: save after step {at_step}, kill, continue {steps} steps"
+    )
+    try:
+        for part, one in (("straight", origin), ("killed", origin), ("resumed", goal)):
+            arguments = ["verify", "resume-ranks", str(config), *base, "--part", part]
+            arguments += ["--layout", str(one), "--at-step", str(at_step)]
+            arguments += ["--steps", str(at_step + steps), "--device", device]
+            code = launch_local(
+                [*arguments, "--folder", str(folder)], one.world_size, folder / "logs" / part
+            )
+            if (code == 0) != (part != "killed"):
+                console.print(f"the {part} run ended with code {code}")
+                raise typer.Exit(2)
+        same = _report_resume(folder, origin == goal, checked[0].precision.dtype, console)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not same:
+        raise typer.Exit(1)
+
+
+def _one_layout(text: str) -> Layout:
+    found = parse_layouts(text)
+    if len(found) != 1:
+        raise UserError(
+            f"layout {text!r}",
+            rule="a resume goes from one layout to one layout",
+            remedy='for example --from "tp=2,dp=2" --to "dp=1"',
+        )
+    return found[0]
+
+
+def _report_resume(folder: Path, same_layout: bool, dtype: str, console: Console) -> bool:
+    from megascale.verification.compare import BF16, FP32
+    from megascale.verification.resume import compare_resume, read_steps
+
+    expected = read_steps(folder / "straight.json")
+    found = read_steps(folder / "resumed.json")
+    limit = (FP32 if dtype == "fp32" else BF16).loss
+    verdict = compare_resume(expected, found, same_layout=same_layout, limit=limit)
+    exact = "bit-identical" if verdict.identical else "not bit-identical"
+    console.print(
+        f"{len(found)} steps: loss {verdict.loss:.1e}, gradient norm {verdict.norm:.1e} "
+        f"(largest relative differences), {exact}; samples and learning rates compared"
+    )
+    if verdict.problem:
+        console.print(f"DIFFERENT: {verdict.problem}", markup=False, soft_wrap=True)
+    return not verdict.problem
+
+
+@app.command("resume-ranks", hidden=True)
+def resume_ranks(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    part: Annotated[str, typer.Option()] = "",
+    layout: Annotated[str, typer.Option()] = "",
+    at_step: Annotated[int, typer.Option()] = 1,
+    steps: Annotated[int, typer.Option()] = 2,
+    device: Annotated[str, typer.Option()] = "cpu",
+    folder: Annotated[Path, typer.Option()] = Path(),
+) -> None:
+    """What each process of one part of `verify resume` runs."""
+    from megascale.verification.resume import killed_run, resumed_run, straight_run
+
+    with distributed_process(device) as place:
+        checked = _load(config, list(overrides or ()), _one_layout(layout))
+        saved = folder / "checkpoints"
+        if part == "straight":
+            straight_run(checked, place, steps, folder / "straight.json")
+        elif part == "killed":
+            killed_run(checked, place, at_step, saved)
+        else:
+            resumed_run(checked, place, steps, saved, folder / "resumed.json")
 
 
 def _changes(config: Path, overrides: Sequence[str], variant: str) -> tuple[str, ...]:

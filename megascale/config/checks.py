@@ -215,6 +215,12 @@ _IGNORED = (
         "early_stop_patience is set",
     ),
     _ignored("evaluation.sample_tokens", "evaluation.prompts", bool, "there are prompts"),
+    _ignored(
+        "checkpoint.keep_every",
+        "checkpoint.keep_last",
+        lambda keep_last: keep_last is not None,
+        "keep_last lets the others go",
+    ),
 )
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
@@ -278,7 +284,10 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         recipe_checks.best_is_a_metric,
     ),
     Check(
-        ("checkpoint.keep_last", "checkpoint.save_interval", "checkpoint.keep_best"),
+        (
+            *("checkpoint.keep_last", "checkpoint.keep_best"),
+            *("checkpoint.save_interval", "checkpoint.save_minutes"),
+        ),
         recipe_checks.something_is_pruned,
     ),
     *_IGNORED,

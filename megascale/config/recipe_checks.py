@@ -127,7 +127,8 @@ def best_is_a_metric(config: Config, world_size: int | None) -> Iterator[Problem
 def something_is_pruned(config: Config, world_size: int | None) -> Iterator[Problem]:
     """A run that saves only at its end has one checkpoint."""
     checkpoint = config.checkpoint
-    if checkpoint.keep_last and not checkpoint.save_interval and not checkpoint.keep_best:
+    during = checkpoint.save_interval or checkpoint.keep_best or checkpoint.save_minutes
+    if checkpoint.keep_last and not during:
         rule = "has an effect only when checkpoints are saved during the run; save_interval is 0"
-        hint = "leave it out, or set checkpoint.save_interval or checkpoint.keep_best"
+        hint = "leave it out, or set save_interval, save_minutes or keep_best"
         yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, hint)

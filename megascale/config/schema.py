@@ -274,6 +274,19 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0: only at the end of the run."""
     keep_last: Count | None = None
     """Number of newest checkpoints that are kept; null: all."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that are multiples of this are kept beside the newest ones."""
+    save_minutes: Positive | None = None
+    """Minutes after the last checkpoint at which another is due, whatever the step."""
+    folder: Text | None = None
+    """Where checkpoints are kept: a folder, or a URL such as s3://bucket/run; null: checkpoints/
+    in run.output_dir."""
+    async_save: bool = False
+    """Whether writing goes on beside training: a step waits for a copy in host memory only, which
+    takes as much memory as the state that this process owns."""
+    staging_dir: Text | None = None
+    """A folder on the machine's own disk where checkpoints are written first; they are copied to
+    where they are kept while training goes on."""
     init_from: Text | None = None
     """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
     random initial weights."""

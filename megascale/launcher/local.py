@@ -7,9 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from megascale.errors import UserError
@@ -45,7 +48,9 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
         listener.listen(1024)
         ranks = [_start(arguments, rank, nproc, listener, log_dir) for rank in range(nproc)]
     try:
-        if not _wait(ranks, log_dir):
+        with _passed_on(ranks):
+            failed = _wait(ranks, log_dir)
+        if not failed:
             return 0
     except KeyboardInterrupt:
         _stop(ranks, signal.SIGINT)
@@ -165,6 +170,26 @@ def _tell(
         if rank != first and other.text != getattr(note, "text", ""):
             lines.append(f"rank {rank} ended after that: {other.text.splitlines()[0]}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Give SIGTERM and SIGUSR1, which ask a run to save, to every rank."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(ranks: list[subprocess.Popen[bytes]], how: int) -> None:

@@ -13,7 +13,9 @@ import torch
 from rich.console import Console
 
 from megascale import __version__
+from megascale.checkpoint.lock import RunLock
 from megascale.checkpoint.manager import CheckpointManager
+from megascale.checkpoint.ranks import Ranks, agree, make_ranks
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.config.load import dump_config
 from megascale.config.schema import Config
@@ -46,6 +48,7 @@ from megascale.training.callbacks.console import ConsoleCallback
 from megascale.training.callbacks.early_stop import EarlyStopCallback
 from megascale.training.callbacks.metrics_file import MetricsFileCallback
 from megascale.training.callbacks.samples import SampleCallback
+from megascale.training.callbacks.save_requests import SaveRequests
 from megascale.training.callbacks.tensorboard import TensorBoardCallback
 from megascale.training.callbacks.validation import ValidationCallback
 from megascale.training.datasets import (
@@ -95,10 +98,28 @@ def assemble(
     say = _speaker(console, mesh)
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
-    manager = CheckpointManager(f"{config.run.output_dir}/checkpoints", config.checkpoint.keep_last)
-    reader = _find_checkpoint(manager, resume, say)
-    _make_output(config, mesh)
+    ranks = make_ranks()
+    lock = _open_output(config, ranks)
+    manager = run_manager(config, ranks, lock)
+    try:
+        return _assemble(config, corpora, mesh, device, manager, resume, say, console)
+    except BaseException:
+        manager.close()
+        raise
 
+
+def _assemble(
+    config: Config,
+    corpora: Corpora,
+    mesh: ParallelMesh,
+    device: torch.device,
+    manager: CheckpointManager,
+    resume: bool,
+    say: Callable[[str], None],
+    console: Console | None,
+) -> Run:
+    """The rest of `assemble`, with the run's folder locked."""
+    reader = _find_checkpoint(manager, resume, say)
     task = build_task(config)
     data = task.open_data(corpora)
     source = config.checkpoint.init_from if reader is None else None
@@ -132,19 +153,24 @@ def assemble(
 
 
 def assemble_step(
-    config: Config, device: torch.device, wrap: Callable[[Engine], Any] | None = None
+    config: Config,
+    device: torch.device,
+    wrap: Callable[[Engine], Any] | None = None,
+    weights_of: Config | None = None,
 ) -> StepParts:
     """Only what a step needs, without output folder, callbacks or checkpoints.
 
     Args:
         wrap: put around the engine, to observe it.
+        weights_of: a config whose seed draws the initial weights instead.
     """
     mesh = mesh_of(config, device)
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
     task = build_task(config)
     data = task.open_data(corpora)
-    engine = assemble_engine(config, task, mesh, device)
+    start = task if weights_of is None else build_task(resolve_vocab_size(weights_of, corpora))
+    engine = assemble_engine(config, task, mesh, device, start)
     return _step_parts(config, task, data, wrap(engine) if wrap else engine, mesh, device)
 
 
@@ -186,8 +212,18 @@ def _step_parts(
     )
 
 
-def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torch.device) -> Engine:
-    """Model on meta -> cuts over tp, cp, pp -> recomputation -> initialise -> engine."""
+def assemble_engine(
+    config: Config,
+    task: Task,
+    mesh: ParallelMesh,
+    device: torch.device,
+    start: Task | None = None,
+) -> Engine:
+    """Model on meta -> cuts over tp, cp, pp -> recomputation -> initialise -> engine.
+
+    Args:
+        start: initialises the weights instead of `task`: with another seed.
+    """
     with torch.device("meta"):
         module = task.build_module()
     placements = whole_placements(module)
@@ -202,7 +238,7 @@ def assemble_engine(config: Config, task: Task, mesh: ParallelMesh, device: torc
     blocks = task.blocks(module)
     recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
-    task.initialize(module, placements)
+    (start or task).initialize(module, placements)
     recipe = optimizer_recipe(config)
     engine = build_engine(config, module, blocks, recipe, mesh, placements, layout)
     limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))  # the engine's own groups
@@ -343,6 +379,7 @@ def _callbacks(
             constants,
             attachments,
             config.checkpoint.keep_best,
+            SaveRequests(output, config.checkpoint.save_minutes),
         )
     )
     return callbacks
@@ -399,19 +436,46 @@ def _find_checkpoint(
     return reader
 
 
-def _make_output(config: Config, mesh: ParallelMesh) -> None:
-    """Create the run's folder, so that one that cannot be written is refused at once."""
-    if not mesh.is_main:
-        return
-    output = Path(config.run.output_dir)
-    try:
-        (output / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to run.output_dir {output}: {error.strerror}",
-            rule="a run needs a folder that it may write to",
-            remedy="choose another run.output_dir, or free space",
-        ) from error
+def run_manager(
+    config: Config, ranks: Ranks | None = None, lock: RunLock | None = None
+) -> CheckpointManager:
+    """The checkpoints of the config's run."""
+    saving = config.checkpoint
+    return CheckpointManager(
+        saving.folder or f"{config.run.output_dir}/checkpoints",
+        saving.keep_last,
+        saving.keep_every,
+        asynchronous=saving.async_save,
+        staging=saving.staging_dir,
+        ranks=ranks,
+        lock=lock,
+    )
+
+
+def _open_output(config: Config, ranks: Ranks) -> RunLock | None:
+    """Create the run's folder and lock it, so that what cannot work is refused at once.
+
+    Returns:
+        The lock, on rank 0.
+    """
+    held: list[RunLock] = []
+
+    def open_it() -> None:
+        if ranks.rank:
+            return
+        output = Path(config.run.output_dir)
+        try:
+            (output / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to run.output_dir {output}: {error.strerror}",
+                rule="a run needs a folder that it may write to",
+                remedy="choose another run.output_dir, or free space",
+            ) from error
+        held.append(RunLock(str(output)))
+
+    agree(ranks, open_it)
+    return held[0] if held else None
 
 
 def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], None]:

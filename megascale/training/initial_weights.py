@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from megascale.checkpoint.manager import open_intact
+from megascale.checkpoint.ranks import make_ranks
 from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.sharing import fill_all
 from megascale.data.tokenizer import Tokenizer
 from megascale.engine.protocol import Engine
 from megascale.errors import UserError
@@ -48,8 +50,8 @@ def open_initial_weights(path: str, task: Task, tokenizer: Tokenizer | None) -> 
 def load_initial_weights(reader: CheckpointReader, engine: Engine) -> None:
     """Fill the engine's weights from `reader` and close it; the optimizer's state stays fresh."""
     with torch.no_grad():
-        for fragment in engine.prepare_load(updates=0):
-            if fragment.kind == "master":
-                reader.fill(fragment)
+        everything = engine.prepare_load(updates=0)
+        masters = [fragment for fragment in everything if fragment.kind == "master"]
+        fill_all(reader, masters, make_ranks())
     engine.finish_load()
     reader.close()

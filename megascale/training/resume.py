@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megascale.checkpoint.ranks import make_ranks
 from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.sharing import fill_all
 from megascale.engine.protocol import Engine
 from megascale.errors import UserError
 from megascale.parallel.mesh import ParallelMesh
@@ -62,8 +64,7 @@ def load_state(
     fragments = [f for f in engine.prepare_load(state.updates) if f.kind in kinds]
     _check_model(reader, engine, mesh, kinds)
     with torch.no_grad():
-        for fragment in fragments:
-            reader.fill(fragment)
+        fill_all(reader, fragments, make_ranks())
     engine.finish_load()
     engine.load_state_dict(saved["engine"])
     if reader.manifest.world_size == mesh.world_size:

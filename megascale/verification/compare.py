@@ -18,8 +18,8 @@ NOISE = 1e-4
 
 
 # Each update adds rounding to the weights, and small gradients show it: after 13 to 20 steps single
-# tensors of one model were 1.0e-5 to 1.7e-5 off in every layout, losses and weights within 2e-7.
-# Losses, norms and weights keep their limit in all steps.
+# tensors of one model were 1.0e-5 to 1.7e-5 off in every layout, with losses and weights within
+# 2e-7. Losses, norms and weights keep their limit in all steps.
 EARLY_STEPS = 5
 LATE = 10.0
 

@@ -231,6 +231,16 @@ ROWS = (
     Row("evaluation.target_loss", 99.0, ("stop", "losses"), _VALIDATES),
     Row("checkpoint.save_interval", 1, ("checkpoints",)),
     Row("checkpoint.keep_last", 1, ("checkpoints",), {"checkpoint.save_interval": 1}),
+    Row(
+        "checkpoint.keep_every",
+        2,
+        ("checkpoints",),
+        {"checkpoint.save_interval": 1, "checkpoint.keep_last": 1},
+    ),
+    Row("checkpoint.save_minutes", 1e-6, ("checkpoints",)),
+    Row("checkpoint.folder", "{folder}/run/saved", ("files",)),
+    Row("checkpoint.async_save", True, ("console_saved",)),
+    Row("checkpoint.staging_dir", "{folder}/staging", ("files",)),
     Row("checkpoint.init_from", "{weights}", ("losses",)),
     Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
@@ -310,6 +320,9 @@ def _written(output: str, folder: str, console: str, trainer: Any) -> dict[str, 
             line.split("  loss")[0] for line in console.splitlines() if "grad norm" in line
         ],
         "validations": [line for line in console.splitlines() if "perplexity" in line],
+        "console_saved": [
+            line.split(" saved")[0] for line in console.splitlines() if "checkpoint of" in line
+        ],
         "checkpoints": sorted(path.parent.name for path in manifests),
         "saved_kinds": [json.loads(path.read_text())["kinds"] for path in manifests],
         "texts": [path.read_text() for path in Path(output).glob("samples.jsonl")],

@@ -375,11 +375,24 @@ CASES: dict[str, list[Case]] = {
             "parallel.context_parallel_method=ring parallel.context_parallel_size=2",
         ),
     ],
+    "ignored:checkpoint.keep_every": [
+        Case(
+            "checkpoint.keep_every=1000",
+            "checkpoint.keep_every",
+            "checkpoint.keep_every=1000 checkpoint.keep_last=2",
+        ),
+    ],
     "something_is_pruned": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
             "checkpoint.keep_last",
             "checkpoint.keep_last=2",
+        ),
+        Case(
+            "checkpoint.keep_last=2 checkpoint.save_interval=0",
+            "checkpoint.keep_last",
+            "checkpoint.keep_last=2 checkpoint.save_interval=0 checkpoint.save_minutes=5.0",
+            "save_minutes",
         ),
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0 evaluation.interval=5",

@@ -39,7 +39,9 @@ class _Trainer:
     def __init__(self, step: int = 0, is_main: bool = True) -> None:
         self.state = TrainState(step=step, updates=step)
         self.engine = SimpleNamespace(
-            state_kinds=("master",), fragments=lambda kinds: [], state_dict=lambda: {"count": 1.0}
+            state_kinds=("master",),
+            fragments=lambda kinds, replicas: [],
+            state_dict=lambda: {"count": 1.0},
         )
         self.parts = SimpleNamespace(mesh=SimpleNamespace(is_main=is_main), engine=self.engine)
         self.callbacks: list[Any] = []
@@ -192,9 +194,16 @@ class _Manager:
         state: dict[str, Any],
         attachments: Any,
         keep: int | None = None,
+        replicas: Any = (),
     ) -> str:
         self.saved.append((step, state))
         return f"step_{step}"
+
+    def is_busy(self) -> bool:
+        return False
+
+    def finish(self) -> None:
+        pass
 
 
 def _save_steps(interval: int, first: int, last: int) -> list[int]:

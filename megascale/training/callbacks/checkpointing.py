@@ -1,4 +1,4 @@
-"""Saving at an interval, at the best validation, and at the end."""
+"""Saving at an interval, on request, at the best validation, and at the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from megascale.checkpoint.manager import CheckpointManager
 from megascale.parallel.fragment import Fragment
 from megascale.training.callbacks.base import Callback
+from megascale.training.callbacks.save_requests import Asked, SaveRequests
 from megascale.training.evaluation import EvaluationResult
 from megascale.training.state import StepResult
 from megascale.training.trainer import Trainer
@@ -24,6 +25,7 @@ class CheckpointCallback(Callback):
         attachments: small files to store with each checkpoint.
         keep_best: SET_SCORE of the validation set and the score whose best step is saved, and
             never pruned; None: no step is better than another.
+        requests: what else asks for a checkpoint; None: nothing does.
     """
 
     name = "checkpoint"
@@ -35,12 +37,14 @@ class CheckpointCallback(Callback):
         constants: Mapping[str, Any],
         attachments: Mapping[str, bytes],
         keep_best: str | None = None,
+        requests: SaveRequests | None = None,
     ) -> None:
         self._manager = manager
         self._interval = interval
         self._constants = constants
         self._attachments = attachments
         self._keep_best = keep_best
+        self._requests = requests
         self._best: float | None = None
         self._best_step = -1
         self._saved_step = -1
@@ -48,6 +52,8 @@ class CheckpointCallback(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """The step that was resumed from is saved already."""
         self._saved_step = trainer.state.step
+        if self._requests is not None:
+            self._requests.start()
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Remember the best step; it is saved when the step ends, or the run."""
@@ -66,14 +72,33 @@ class CheckpointCallback(Callback):
         return self._keep_best is not None and self._keep_best.endswith("_accuracy")
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Every `interval` steps, and where the validation was the best so far."""
-        if (self._interval and result.step % self._interval == 0) or result.step == self._best_step:
+        """Every `interval` steps, where the validation was the best so far, and on request.
+
+        Raises:
+            UserError: a save in the background failed; on every rank after the same step.
+        """
+        asked = Asked()
+        if self._requests is not None:
+            asked = self._requests.agreed(self._manager.has_failed())
+        if asked.failed:
+            self._manager.finish()
+        due = self._interval and result.step % self._interval == 0
+        if due or asked.save or result.step == self._best_step:
             self._save(trainer)
+        if asked.stop:
+            trainer.stop(asked.stop)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """At the end, unless the last step is saved already."""
+        """At the end, unless the last step is saved already; waits for the background."""
         if self._saved_step != trainer.state.step:
             self._save(trainer)
+        self._manager.finish()
+
+    def close(self) -> None:
+        """Wait for the background, give the folder and the signals free."""
+        self._manager.close()
+        if self._requests is not None:
+            self._requests.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation and its step."""
@@ -95,15 +120,20 @@ class CheckpointCallback(Callback):
             "callbacks": {c.name: c.state_dict() for c in trainer.callbacks if c.state_dict()},
         }
         step = trainer.state.step
+        owned = _fragments(trainer, replicas=False)
+        held = _fragments(trainer, replicas=True)
         path = self._manager.save(
-            step, _fragments(trainer), state, self._attachments, keep=self._best_step
+            step, owned, state, self._attachments, keep=self._best_step, replicas=held
         )
         self._saved_step = step
-        trainer.say(f"checkpoint of step {step} saved to {path}")
+        if self._requests is not None:
+            self._requests.saved()
+        how = "is being" if self._manager.is_busy() else "was"
+        trainer.say(f"checkpoint of step {step} {how} saved to {path}")
 
 
-def _fragments(trainer: Trainer) -> Iterator[Fragment]:
+def _fragments(trainer: Trainer, replicas: bool) -> Iterator[Fragment]:
     engine = trainer.parts.engine
-    yield from engine.fragments(engine.state_kinds)
+    yield from engine.fragments(engine.state_kinds, replicas=replicas)
     for callback in trainer.callbacks:
         yield from callback.fragments()

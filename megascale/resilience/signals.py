@@ -1,0 +1,49 @@
+"""Signals that ask a run to save: remembered when they come, acted on between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SAVE_SIGNAL = signal.SIGUSR1
+STOP_SIGNAL = signal.SIGTERM
+
+
+class SaveSignals:
+    """Remembers SIGUSR1 (save) and SIGTERM (save and end) from `install` to `restore`.
+
+    The second SIGTERM ends the process at once, as without this: a rank that hangs can still be
+    ended. Signals reach the main thread only; in another one nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self._save = False
+        self._stop = False
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Begin to remember."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (SAVE_SIGNAL, STOP_SIGNAL):
+                self._before[number] = signal.signal(number, self._remember)
+
+    def restore(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def take(self) -> tuple[bool, bool]:
+        """(save asked, end asked) since the last call."""
+        asked = self._save, self._stop
+        self._save = self._stop = False
+        return asked
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVE_SIGNAL:
+            self._save = True
+            return
+        self._stop = True
+        signal.signal(STOP_SIGNAL, signal.SIG_DFL)

@@ -1,0 +1,94 @@
+"""Who asks for a checkpoint beside the interval: signals, the clock, files that a person makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megascale.resilience.signals import SaveSignals
+
+SAVE_FILE, STOP_FILE = "SAVE", "STOP"
+_WAYS = ("failed", "SIGUSR1", "time", "file SAVE", "SIGTERM", "file STOP")
+_STOPPING = ("SIGTERM", "file STOP")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all ranks agreed on after a step.
+
+    Attributes:
+        failed: a save in the background failed on some rank.
+        save: a checkpoint is wanted now.
+        stop: why the run is to end after it; "" to go on.
+    """
+
+    failed: bool = False
+    save: bool = False
+    stop: str = ""
+
+
+class SaveRequests:
+    """Collects requests on any rank, so that all ranks act after the same step.
+
+    A signal may reach one rank only, and reaches two ranks at different steps; a file is seen by
+    rank 0. One small all-reduce a step makes one decision of it.
+
+    Args:
+        folder: where the files SAVE and STOP are looked for; each is removed when it was seen.
+        minutes: a checkpoint is due so long after the last one; None: never by time.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, folder: Path, minutes: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder = folder
+        self._seconds = None if minutes is None else minutes * 60
+        self._clock = clock
+        self._last = clock()
+        self._signals = SaveSignals()
+
+    def start(self) -> None:
+        """Begin to listen; the clock starts."""
+        self._signals.install()
+        self._last = self._clock()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._signals.restore()
+
+    def saved(self) -> None:
+        """A checkpoint was saved: the clock starts again."""
+        self._last = self._clock()
+
+    def agreed(self, failed: bool) -> Asked:
+        """What is asked for; collective, the same on every rank.
+
+        Args:
+            failed: whether this rank's background save has failed.
+        """
+        save, stop = self._signals.take()
+        here = {"failed": failed, "SIGUSR1": save, "SIGTERM": stop}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            due = self._seconds is not None and self._clock() - self._last >= self._seconds
+            here["time"] = due
+            here["file SAVE"] = self._seen(SAVE_FILE)
+            here["file STOP"] = self._seen(STOP_FILE)
+        bits = torch.tensor([int(here.get(way, False)) for way in _WAYS])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(bits, op=dist.ReduceOp.MAX)
+        asked = {way for way, bit in zip(_WAYS, bits.tolist(), strict=True) if bit}
+        stops = ", ".join(way for way in _STOPPING if way in asked)
+        return Asked("failed" in asked, bool(asked - {"failed"}), stops)
+
+    def _seen(self, name: str) -> bool:
+        path = self._folder / name
+        if not path.exists():
+            return False
+        path.unlink(missing_ok=True)
+        return True

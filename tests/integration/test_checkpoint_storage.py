@@ -1,0 +1,144 @@
+"""Checkpoints on a real S3 server (moto's), and staged on a local disk first."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megascale.checkpoint.manager import CheckpointManager
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.storage import Storage
+from megascale.errors import UserError
+from megascale.parallel.fragment import Fragment, whole_box
+from tests.integration import runs
+
+SHAPE = (300, 7)
+SMALL = {"config.yaml": b"a: 1\n", "tokenizer/vocab.json": b"{}"}
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a new bucket; the environment names the server, as for a user."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "a")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="checkpoints")
+        yield "s3://checkpoints"
+    server.stop()
+
+
+def _fragments(step: int) -> list[Fragment]:
+    tensor = torch.arange(2100.0) + step
+    return [Fragment("w", "master", SHAPE, whole_box(SHAPE), 0, tensor)]
+
+
+def _save(manager: CheckpointManager, step: int) -> None:
+    manager.save(step, _fragments(step), {"step": step}, SMALL)
+    manager.finish()
+
+
+def _newest(manager: CheckpointManager) -> tuple[int, str, list[str]]:
+    reader, notes = manager.open_newest_intact()
+    assert reader is not None
+    part = torch.zeros(100)
+    reader.fill(Fragment("w", "master", SHAPE, whole_box(SHAPE), 1000, part))
+    assert torch.equal(part, _fragments(reader.manifest.step)[0].tensor[1000:1100])
+    where = reader.storage.url
+    reader.close()
+    return reader.manifest.step, where, notes
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+def test_saved_found_damaged_and_pruned_on_s3(bucket: str, tmp_path: Path, staged: bool) -> None:
+    root = f"{bucket}/{'staged' if staged else 'direct'}/run"
+    stage = str(tmp_path / "stage")
+    manager = CheckpointManager(root, keep_last=2, staging=stage if staged else None)
+    for step in (2, 4, 6):
+        _save(manager, step)
+    assert manager.steps() == [4, 6]
+    assert _newest(CheckpointManager(root)) == (6, f"{root}/step_00000006", [])
+    storage = Storage(root)
+    storage.fs.pipe_file(storage.path("step_00000006", "config.yaml"), b"b: 1\n")
+    step, where, notes = _newest(CheckpointManager(root))
+    assert (step, where) == (4, f"{root}/step_00000004")
+    assert "config.yaml has another checksum" in notes[0]
+    # with its manifest gone it is what an interrupted upload leaves
+    storage.remove_file("step_00000006", "manifest.json")
+    step, _, notes = _newest(CheckpointManager(root))
+    assert step == 4
+    assert "manifest.json is missing" in notes[0]
+    _save(CheckpointManager(root, asynchronous=True), 6)
+    assert _newest(CheckpointManager(root))[0] == 6
+
+
+def test_the_newest_intact_copy_is_taken_wherever_it_is(tmp_path: Path) -> None:
+    root, stage = str(tmp_path / "kept"), str(tmp_path / "stage")
+    manager = CheckpointManager(root, staging=stage)
+    for step in (2, 4):
+        _save(manager, step)
+    assert runs.files(Path(root) / "step_00000004") == runs.files(Path(stage) / "step_00000004")
+    assert _newest(manager)[:2] == (4, f"{stage}/step_00000004")  # the near one
+    (Path(stage) / "step_00000004" / "rank_00000.safetensors").write_bytes(b"")
+    step, where, notes = _newest(manager)
+    assert (step, where) == (4, f"{root}/step_00000004")
+    assert f"{stage}/step_00000004 passed over" in notes[0]
+    shutil.rmtree(Path(root) / "step_00000004")  # as if the upload had not happened yet
+    assert _newest(manager)[:2] == (2, f"{stage}/step_00000002")
+    shutil.rmtree(stage)  # another machine
+    assert _newest(manager)[:2] == (2, f"{root}/step_00000002")
+
+
+def test_a_staged_file_that_changed_is_not_uploaded(tmp_path: Path) -> None:
+    from megascale.checkpoint.ranks import OneRank
+    from megascale.checkpoint.upload import upload
+
+    manager = CheckpointManager(str(tmp_path / "stage"))
+    _save(manager, 2)
+    (tmp_path / "stage" / "step_00000002" / "config.yaml").write_bytes(b"a: 2\n")
+    target = Storage(str(tmp_path / "kept"))
+    with pytest.raises(UserError, match=r"config\.yaml has another checksum"):
+        upload(manager.storage, target, "step_00000002", OneRank())
+    assert target.folders() == []
+
+
+def test_a_whole_run_with_checkpoints_on_s3(bucket: str, tmp_path: Path) -> None:
+    data = runs.make_dataset(tmp_path, runs.make_tokenizer(tmp_path))
+    tree: dict[str, Any] = runs.settings(data, tmp_path / "run", train__max_steps=4)
+    tree["checkpoint"] |= {"folder": f"{bucket}/whole", "async_save": True}
+    config = runs.write_config(tmp_path / "c.yaml", tree)
+    assert (
+        runs.call(
+            "train", config, "train.max_steps=3", "schedule.name=constant", "schedule.min_lr=0"
+        ).code
+        == 0
+    )
+    refused = runs.call("train", config).refusal()
+    assert f"{bucket}/whole already holds checkpoints" in refused
+    done = runs.call("train", config, "--resume")
+    assert done.code == 0, done.output
+    assert "resumed from" in done.stdout
+    done = runs.call("checkpoint", "verify", f"{bucket}/whole")
+    assert done.code == 0
+    assert done.stdout.count("intact") == 3
+    done = runs.call("evaluate", f"{bucket}/whole/step_00000004", "--json")
+    assert done.code == 0, done.output
+
+
+def test_a_url_that_nothing_serves_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot open nowhere://x"):
+        CheckpointReader("nowhere://x")

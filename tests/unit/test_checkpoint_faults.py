@@ -1,0 +1,379 @@
+"""A save that ends at any point: before each write, sync, rename and removal, on one rank or all.
+
+Ranks are threads that exchange through memory, and a rank "ends" by an exception after which the
+disk does nothing more for it: every point is reached one after the other, which no random kill
+does. After each: the newest intact checkpoint is found, and nothing intact is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megascale.checkpoint.lock import LOCK_NAME, RunLock
+from megascale.checkpoint.manager import CheckpointFolder, CheckpointManager, Retention
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.storage import Storage
+from megascale.errors import UserError
+from megascale.parallel.fragment import Fragment, whole_box
+from tests.integration.runs import files
+
+SHAPE = (4, 3)
+ATTACHMENTS = {"config.yaml": b"a: 1\n", "tokenizer/vocab.json": b"{}"}
+
+
+class Ended(BaseException):
+    """The process is no more."""
+
+
+class Lost(RuntimeError):
+    """What a collective raises when another rank is gone."""
+
+
+class ThreadRanks:
+    """Ranks of one process, each a thread."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._values: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size)
+        self._local = threading.local()
+
+    @property
+    def rank(self) -> int:
+        return self._local.rank
+
+    def exchange(self, value: Any) -> list[Any]:
+        try:
+            self._values[self.rank] = value
+            self._barrier.wait(20)
+            everyone = list(self._values)
+            self._barrier.wait(20)
+        except threading.BrokenBarrierError as error:
+            raise Lost("connection closed by peer") from error
+        return everyone
+
+    def share(self, tensor: torch.Tensor | None, source: int, holders: Sequence[int]) -> None:
+        raise AssertionError("saves share nothing")
+
+    def run(self, work: Callable[[int], None]) -> list[BaseException | None]:
+        """`work(rank)` on every rank; what each raised."""
+        outcomes: list[BaseException | None] = [None] * self.size
+
+        def one(rank: int) -> None:
+            self._local.rank = rank
+            try:
+                work(rank)
+            except BaseException as error:
+                outcomes[rank] = error
+                if not isinstance(error, UserError):  # told to all ranks, none is gone
+                    self._barrier.abort()
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcomes
+
+
+@dataclass
+class Disk:
+    """Counts the changes of some ranks and does something before the one numbered `at`."""
+
+    ranks: ThreadRanks
+    at: int = -1
+    only: int | None = None
+    full: bool = False
+    seen: list[str] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)
+    unsynced: dict[str, int] = field(default_factory=dict)
+    mutex: Any = field(default_factory=threading.Lock)
+
+    def __call__(self, change: str, path: str) -> None:
+        with self.mutex:
+            rank = self.ranks.rank
+            if rank in self.gone:
+                raise Ended
+            if self.only in (None, rank):
+                self.seen.append(f"{change} {os.path.basename(path)}")
+                if len(self.seen) - 1 == self.at or (self.full and len(self.seen) > self.at >= 0):
+                    if self.full:
+                        if change == "remove":
+                            return
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    self.gone |= {rank} if self.only is not None else set(range(self.ranks.size))
+                    raise Ended
+            if change == "write":
+                self.unsynced[path] = rank
+            elif change == "sync":
+                self.unsynced.pop(path, None)
+
+    def lose_power(self) -> None:
+        """What was not synced when its rank ended is not there after the start."""
+        for path, rank in self.unsynced.items():
+            if rank in self.gone and os.path.exists(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+
+
+def _fragments(rank: int, size: int, value: float) -> list[Fragment]:
+    rows = SHAPE[0] // size
+    numel = rows * SHAPE[1]
+    tensor = _values(value)[rank * numel : (rank + 1) * numel].clone()
+    return [Fragment("w", "master", SHAPE, whole_box(SHAPE), rank * numel, tensor)]
+
+
+def _values(step: float) -> torch.Tensor:
+    return 100 * step + torch.arange(12.0)
+
+
+def _save(root: Path, size: int, step: int, disk: Disk | None = None) -> list[BaseException | None]:
+    ranks = disk.ranks if disk is not None else ThreadRanks(size)
+
+    def work(rank: int) -> None:
+        storage = Storage(str(root), disk) if disk is not None else Storage(str(root))
+        manager = CheckpointManager(str(root), keep_last=2, storage=storage, ranks=ranks)
+        manager.save(step, _fragments(rank, size, float(step)), {"step": step}, ATTACHMENTS)
+
+    return ranks.run(work)
+
+
+def _newest(root: Path) -> tuple[int, list[str]]:
+    reader, notes = CheckpointManager(str(root)).open_newest_intact()
+    assert reader is not None
+    tensor = torch.zeros(12)
+    reader.fill(Fragment("w", "master", SHAPE, whole_box(SHAPE), 0, tensor))
+    assert torch.equal(tensor, _values(reader.manifest.step))
+    reader.close()
+    return reader.manifest.step, notes
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run") / "checkpoints"
+    for step in (2, 4):
+        assert _save(root, 2, step) == [None, None]
+    return root
+
+
+def _copy(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+@pytest.mark.parametrize("step", [6, 4], ids=["new", "replaces"])
+@pytest.mark.parametrize("only", [None, 0, 1], ids=["all", "rank0", "rank1"])
+def test_a_save_that_ends_at_any_point(
+    two_steps: Path, tmp_path: Path, step: int, only: int | None
+) -> None:
+    root = tmp_path / "checkpoints"
+    whole = Disk(ThreadRanks(2), only=only)
+    assert _save(_copy(two_steps, root), 2, step, whole) == [None, None]
+    points = len(whole.seen)
+    assert points >= (25 if only is None else 5), whole.seen
+    for at in range(points):
+        disk = Disk(ThreadRanks(2), at, only)
+        outcomes = _save(_copy(two_steps, root), 2, step, disk)
+        assert any(isinstance(outcome, Ended) for outcome in outcomes)
+        disk.lose_power()
+        found, notes = _newest(root)
+        assert found in (4, step), (at, whole.seen[at])
+        assert notes == []
+        intact = CheckpointFolder(str(root)).steps()
+        assert 4 in intact
+        assert 2 in intact or found == 6  # pruned, or about to be, only after 6 was complete
+        assert _save(root, 2, 8) == [None, None]  # the next save tidies up by itself
+        assert _newest(root)[0] == 8
+        assert [name for name in os.listdir(root) if name.startswith(".writing")] == []
+
+
+@pytest.mark.parametrize("only", [0, 1], ids=["rank0", "rank1"])
+def test_a_disk_that_is_full_from_any_point_on(two_steps: Path, tmp_path: Path, only: int) -> None:
+    root = tmp_path / "checkpoints"
+    whole = Disk(ThreadRanks(2), only=only)
+    assert _save(_copy(two_steps, root), 2, 6, whole) == [None, None]
+    for at, point in enumerate(whole.seen):
+        kept = files(_copy(two_steps, root))
+        disk = Disk(ThreadRanks(2), at, only, full=True)
+        outcomes = _save(root, 2, 6, disk)
+        if point.startswith("remove"):
+            continue  # a full disk lets go
+        assert all(isinstance(outcome, UserError) for outcome in outcomes), (point, outcomes)
+        assert f"rank {only}: cannot write" in str(outcomes[1 - only])
+        assert "No space left on device" in str(outcomes[0])
+        assert "free space" in str(outcomes[0])
+        found, _ = _newest(root)
+        assert found in (4, 6)
+        if found == 4:
+            assert files(root) == kept
+
+
+# Damage ---------------------------------------------------------------------------------------
+
+FILES = ("manifest.json", "rank_00000.safetensors", "rank_00001.safetensors", "config.yaml")
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _link(path: Path) -> None:
+    moved = path.parent.parent.parent / path.name
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "flipped bit": _flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "link": _link,
+    "of another step": lambda path: shutil.copy(
+        path.parent.parent / "step_00000002" / path.name, path
+    ),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", [*FILES, "tokenizer/vocab.json"])
+def test_a_damaged_file_is_named_and_the_one_before_taken(
+    two_steps: Path, tmp_path: Path, file: str, damage: str
+) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    path = root / "step_00000004" / file
+    if damage == "of another step" and file in ("tokenizer/vocab.json", "config.yaml"):
+        path.write_bytes(b"other")
+    else:
+        DAMAGE[damage](path)
+    before = files(root)
+    found, notes = _newest(root)
+    assert found == 2
+    assert len(notes) == 1
+    assert "step_00000004 passed over: " in notes[0]
+    named = "rank_0000" if file == "manifest.json" and damage == "of another step" else file
+    assert named in notes[0]
+    assert files(root) == before
+
+
+def test_swapped_files_are_noticed(two_steps: Path, tmp_path: Path) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    one, other = (root / "step_00000004" / name for name in FILES[1:3])
+    contents = one.read_bytes(), other.read_bytes()
+    assert len(contents[0]) == len(contents[1])
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    found, notes = _newest(root)
+    assert found == 2
+    assert "checksum" in notes[0]
+
+
+def test_nothing_is_pruned_while_the_newest_is_not_whole(two_steps: Path, tmp_path: Path) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    (root / "step_00000004" / "config.yaml").unlink()
+    assert CheckpointFolder(str(root)).prune(Retention(1)) == []
+    _flip(root / "step_00000004" / "rank_00000.safetensors")
+    assert CheckpointFolder(str(root)).prune(Retention(1), thorough=True) == []
+    assert CheckpointFolder(str(root)).steps() == [2, 4]
+
+
+# Who may write --------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_one_is_not_in_the_way(
+    tmp_path: Path,
+) -> None:
+    lock = RunLock(str(tmp_path))
+    with pytest.raises(UserError, match=r"another run is writing to .*process") as caught:
+        RunLock(str(tmp_path))
+    assert str(os.getpid()) in str(caught.value)
+    lock.release()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+    child = os.fork()
+    if child == 0:  # takes the lock and dies without a word
+        RunLock(str(tmp_path))
+        os._exit(9)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK_NAME).exists()
+    RunLock(str(tmp_path)).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(
+    two_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(change: str, path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    before = files(root)
+    manager = CheckpointManager(str(root), storage=Storage(str(root), read_only))
+    with pytest.raises(UserError, match="Read-only file system") as caught:
+        manager.save(6, _fragments(0, 1, 6.0), {}, {})
+    assert "writable" in str(caught.value)
+    assert files(root) == before
+    assert CheckpointReader(str(root / "step_00000004")).damage() is None
+
+
+# In the background ----------------------------------------------------------------------------
+
+
+def test_a_background_failure_is_told_by_the_next_call_and_harms_nothing(
+    two_steps: Path, tmp_path: Path
+) -> None:
+    def full(change: str, path: str) -> None:
+        if change == "sync" and "step_00000006" in path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    before = files(root)
+    storage = Storage(str(root), full)
+    manager = CheckpointManager(str(root), asynchronous=True, storage=storage)
+    manager.save(6, _fragments(0, 1, 6.0), {}, {})
+    deadline = threading.Event()
+    while not manager.has_failed() and not deadline.wait(0.01):
+        pass
+    with pytest.raises(UserError, match="No space left on device"):
+        manager.finish()
+    manager.finish()  # told once
+    assert files(root) == before
+    manager.save(8, _fragments(0, 1, 8.0), {}, {})
+    manager.finish()
+    assert _newest(root)[0] == 8
+
+
+def test_what_changes_after_the_snapshot_is_not_saved(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def slow(change: str, path: str) -> None:
+        gate.wait(20)
+
+    manager = CheckpointManager(
+        str(tmp_path), asynchronous=True, storage=Storage(str(tmp_path), slow)
+    )
+    fragments = _fragments(0, 1, 2.0)
+    state: dict[str, Any] = {"callbacks": {"x": 1}}
+    manager.save(2, fragments, state, {})
+    assert manager.is_busy()
+    fragments[0].tensor.fill_(-1.0)
+    state["callbacks"]["x"] = 2
+    gate.set()
+    manager.finish()
+    assert _newest(tmp_path)[0] == 2
+    assert CheckpointReader(str(tmp_path / "step_00000002")).manifest.state == {
+        "callbacks": {"x": 1}
+    }

@@ -1,0 +1,192 @@
+"""Saving and loading against torch's DCP and DeepSpeed: MB per CPU-second, and the stall of a step.
+
+    python -m tools.bench.checkpoint --megabytes 400 --folder /dev/shm/bench
+
+Rounds are interleaved; the median of each is printed. CPU seconds are user + system time of the
+process; a memory file system leaves the disk out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megascale.checkpoint.manager import CheckpointManager
+from megascale.checkpoint.reader import CheckpointReader
+from megascale.parallel.fragment import Fragment, whole_box
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def main() -> None:
+    """Print one line a measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=400)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/megascale-bench"))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    state = make_state(arguments.megabytes)
+    size = sum(t.numel() * 4 for kinds in state.values() for t in kinds.values())
+    works = {**_ours(state, arguments.folder), **_dcp(state, arguments.folder)}
+    works |= {**_deepspeed(state, arguments.folder), **_raw(state, arguments.folder)}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for _ in range(arguments.rounds):
+        for name, work in works.items():
+            if name.endswith(("save", "write")) or "torch.save" in name:
+                _clear(arguments.folder, name)  # removing old files is not what is measured
+            times[name].append(_timed(work))
+    for name, rows in times.items():
+        cpu = statistics.median(cpu for cpu, _ in rows)
+        wall = statistics.median(wall for _, wall in rows)
+        print(f"{name:24} {size / 1e6 / cpu:8.0f} MB per CPU-second  {wall:6.3f} s wall")
+    written = sum(p.stat().st_size for p in (arguments.folder / "ours").rglob("*") if p.is_file())
+    print(f"bytes written / state    {written / size:8.4f}")
+    _stall(state, arguments.folder, arguments.rounds)
+    _disk(arguments.megabytes)
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    dist.destroy_process_group()
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Remove what the last round of a writer left."""
+    part = {"ours": "ours", "torch DCP": "dcp", "torch.save": "deepspeed", "raw": "raw"}
+    for start, below in part.items():
+        if name.startswith(start):
+            shutil.rmtree(folder / below, ignore_errors=True)
+            (folder / below).mkdir(parents=True)
+
+
+def make_state(megabytes: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters of 16 MB with two moments each, of `megabytes` in all."""
+    count = max(1, megabytes // 48)
+    return {
+        f"model.layers.{i}.weight": {kind: torch.randn(2048, 2048) for kind in KINDS}
+        for i in range(count)
+    }
+
+
+def _fragments(state: dict[str, dict[str, torch.Tensor]]) -> list[Fragment]:
+    return [
+        Fragment(name, kind, tuple(t.shape), whole_box(tuple(t.shape)), 0, t.view(-1))
+        for name, kinds in state.items()
+        for kind, t in kinds.items()
+    ]
+
+
+def _ours(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
+    manager = CheckpointManager(str(folder / "ours"))
+
+    def load() -> None:
+        reader = CheckpointReader(manager.path(1))
+        assert reader.damage() is None  # a resume compares every checksum
+        for fragment in _fragments(state):
+            reader.fill(fragment)
+        reader.close()
+
+    def save() -> None:
+        manager.save(1, _fragments(state), {}, {})
+
+    return {
+        "ours save": save,
+        "ours verify and load": load,
+    }
+
+
+def _dcp(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
+    import torch.distributed.checkpoint as dcp
+
+    flat = {f"{kind}/{name}": t for name, kinds in state.items() for kind, t in kinds.items()}
+    path = str(folder / "dcp")
+    return {
+        "torch DCP save": partial(dcp.save, flat, checkpoint_id=path),
+        "torch DCP load": partial(dcp.load, flat, checkpoint_id=path),
+    }
+
+
+def _deepspeed(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
+    """What engine.save_checkpoint and load_checkpoint do with the state: its torch engine."""
+    path = str(folder / "deepspeed" / "state.pt")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+
+    def save() -> None:
+        torch.save(state, path)
+
+    def load() -> None:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        for name, kinds in state.items():
+            for kind, tensor in kinds.items():
+                tensor.copy_(loaded[name][kind])
+
+    return {"torch.save (DeepSpeed)": save, "torch.load (DeepSpeed)": load}
+
+
+def _stall(state: Any, folder: Path, rounds: int) -> None:
+    """How long the step waits: asynchronous against synchronous."""
+    fragments = _fragments(state)
+    blocking, whole = [], []
+    manager = CheckpointManager(str(folder / "async"), asynchronous=True)
+    other = CheckpointManager(str(folder / "sync"))
+    for number in range(rounds + 1):
+        started = time.perf_counter()
+        manager.save(number, fragments, {}, {})
+        blocking.append(time.perf_counter() - started)
+        manager.finish()
+        started = time.perf_counter()
+        other.save(number, fragments, {}, {})
+        whole.append(time.perf_counter() - started)
+        shutil.rmtree(folder / "async")
+        shutil.rmtree(folder / "sync")
+    ratio = statistics.median(blocking[1:]) / statistics.median(whole[1:])
+    print(f"blocking part, warm      {ratio:8.3f} of a synchronous save")
+
+
+def _disk(megabytes: int) -> None:
+    """A raw write and fsync of the same minute, beside which disk figures are read."""
+    path, block = Path("bench.raw"), bytes(1 << 20)
+    started = time.perf_counter()
+    with open(path, "wb") as stream:
+        for _ in range(megabytes):
+            stream.write(block)
+        stream.flush()
+        os.fsync(stream.fileno())
+    print(f"raw write + fsync here   {megabytes / (time.perf_counter() - started):8.0f} MB/s wall")
+    path.unlink()
+
+
+def _raw(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
+    """What the file system itself costs: the tensors' bytes, written and nothing else."""
+    path = folder / "raw" / "state"
+
+    def save() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb", buffering=0) as stream:
+            for kinds in state.values():
+                for tensor in kinds.values():
+                    stream.write(memoryview(tensor.numpy()).cast("B"))
+
+    return {"raw write": save}
+
+
+def _timed(work: Callable[[], None]) -> tuple[float, float]:
+    """(CPU seconds, wall seconds) of `work`."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    work()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
