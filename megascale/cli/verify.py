@@ -40,6 +40,9 @@ VARIANTS = ("config", "sgd")
 # A wrong scale shows at once; hundreds of unclipped steps would only amplify the rounding of bf16.
 SGD_STEPS = 20
 
+_STOPPED = (130, 143)
+"""Exit codes of ranks that were interrupted or asked to end: no verdict on their layout."""
+
 # Divided by the root of its own noise, a gradient of rounding moves a weight by a whole step, in a
 # direction that rounding decides: with a smaller eps the single process differs from itself.
 LEAST_EPS = 1e-6
@@ -249,6 +252,8 @@ def _run_all(
         while waiting:
             # ranks are started once for many layouts; after a failure, anew for the rest
             code = start(waiting)
+            if code in _STOPPED:
+                raise typer.Exit(code)
             for one in list(waiting):
                 if not (folder / str(one) / "done").exists():
                     break
