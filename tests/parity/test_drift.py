@@ -19,6 +19,7 @@ MODEL: dict[str, Any] = {
     "model.ffn_hidden_size": 51,
     "model.seq_length": 16,
     "model.dropout": 0.1,
+    "data.split": [0.97, 0.03],
     "train.micro_batch_size": 2,
     "train.max_steps": 60,
     "schedule.name": "constant",
