@@ -79,7 +79,7 @@ class CheckpointCallback(Callback):
         """
         asked = Asked()
         if self._requests is not None:
-            asked = self._requests.agreed(self._manager.has_failed())
+            asked = self._requests.agreed(self._manager.has_failed(), trainer.parts.device)
         if asked.failed:
             self._manager.finish()
         due = self._interval and result.step % self._interval == 0
