@@ -73,9 +73,10 @@ def _run_and_kill(command: list[str], output: Path, chance: random.Random, newes
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     folder = output / "checkpoints"
-    while process.poll() is None:  # until it has saved something new
-        names = [n for n in (os.listdir(folder) if folder.exists() else []) if "step_" in n]
-        if any(int(name.rpartition("_")[2]) > newest for name in names):
+    while process.poll() is None:  # until it has saved something new: it is in full swing
+        names = os.listdir(folder) if folder.exists() else []
+        done = [int(name.removeprefix("step_")) for name in names if name.startswith("step_")]
+        if max(done, default=0) > newest:
             break
         time.sleep(0.01)
     time.sleep(chance.random() * 0.5)

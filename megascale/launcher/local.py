@@ -21,6 +21,7 @@ from megascale.launcher.failure import Failure, blamed, clear_notes, read_notes
 
 _POLL_S = 0.05
 _GRACE_S = 10.0  # from a signal to the next, stronger one
+_END_S = 3.0  # the same when the run has failed: there is nothing to save
 _NOTE_S = 5.0  # for a rank to end after it has noted its failure
 _EARLY_END_S = 10.0  # for the others to end after a rank has ended well
 _CAUSE_S = 1.0  # for the cause to be seen after its first consequence
@@ -126,7 +127,9 @@ def _end(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
         for rank in silent:
             ranks[rank].send_signal(signal.SIGUSR2)
         time.sleep(_STACK_S)
-    _stop(ranks, signal.SIGTERM)
+    for rank in silent if waited else ():
+        ranks[rank].kill()  # what waits in a collective does not hear SIGTERM
+    _stop(ranks, signal.SIGTERM, _END_S)
     _tell(first, codes, notes, silent if waited else [], log_dir)
     code = codes[first] or 1
     return code if code > 0 else 128 - code
@@ -192,8 +195,8 @@ def _passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]], how: int) -> None:
-    deadline = time.monotonic() + _GRACE_S
+def _stop(ranks: list[subprocess.Popen[bytes]], how: int, grace_s: float = _GRACE_S) -> None:
+    deadline = time.monotonic() + grace_s
     for process in ranks:
         if process.poll() is None:
             process.send_signal(how)

@@ -19,7 +19,7 @@ class SaveSignals:
     """
 
     def __init__(self) -> None:
-        self._save = False
+        self._saves = 0
         self._stop = False
         self._before: dict[int, Any] = {}
 
@@ -35,15 +35,13 @@ class SaveSignals:
             signal.signal(number, handler)
         self._before.clear()
 
-    def take(self) -> tuple[bool, bool]:
-        """(save asked, end asked) since the last call."""
-        asked = self._save, self._stop
-        self._save = self._stop = False
-        return asked
+    def seen(self) -> tuple[int, bool]:
+        """(how often a save was asked for so far, whether the end was)."""
+        return self._saves, self._stop
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == SAVE_SIGNAL:
-            self._save = True
+            self._saves += 1
             return
         self._stop = True
         signal.signal(STOP_SIGNAL, signal.SIG_DFL)

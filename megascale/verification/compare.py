@@ -211,7 +211,7 @@ def _cause(
         named = _factor(ratio, layout, micro)
         if what == "gradient norm":
             named = named or norm_cause(found, expected, step, layout)
-        return named or _unnamed(what, layout), ""
+        return named or "no gradient differs before it: look at its own reduction", ""
     if what == "replicas" and not tensor:
         return (
             "ranks report different losses: a missing sum over data- or context-parallel ranks",
@@ -256,9 +256,15 @@ def _output_cause(ratio: float, layout: Layout) -> str:
         named = f"x tp ({layout.tp}): a doubled reduction; "
     elif layout.tp > 1 and abs(ratio * layout.tp - 1) < 1e-2:
         named = f"x 1/tp (1/{layout.tp}): a missing reduction; "
+    seam = ""
+    if layout.cp > 1:
+        seam = (
+            ", or its mask, its positions or its dropout masks at a seam of the sequence "
+            f"({2 * layout.cp} chunks over cp={layout.cp} ranks)"
+        )
     return (
         f"{named}root mean square x {ratio:.4g}, and all outputs before it agree: a reduction, a "
-        "cut, a mask or an input of this module"
+        f"cut, a mask or an input of this module{seam}"
     )
 
 
@@ -277,16 +283,6 @@ def _missing_sync(found: RunRecord, step: int, kind: str, tensor: str, layout: L
         held = " and ".join(map(str, sorted(stages)))
         return f"the gradients of a weight that pipeline ranks {held} share are not summed"
     return "a missing synchronisation"
-
-
-def _unnamed(what: str, layout: Layout) -> str:
-    """Where to look when a loss or norm is off by no factor of the layout."""
-    if what == "loss" and layout.cp > 1:
-        return (
-            "no factor of the layout: the attention mask, the positions or the dropout masks at a "
-            f"seam of the sequence ({2 * layout.cp} chunks over cp={layout.cp} ranks)"
-        )
-    return "no gradient differs before it: look at its own reduction"
 
 
 def _wrong_ranks(

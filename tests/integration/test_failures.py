@@ -15,8 +15,9 @@ import pytest
 
 from tests.integration.runs import ROOT, Done, run, settings, write_config
 
-BOUND_S = 8.0
-"""Longest time from the fault to the end of all ranks (the launcher polls, warns, then kills)."""
+BOUND_S = 25.0
+"""Longest time from the fault to the end of all ranks (the launcher polls, warns, then kills): some
+4 s on an idle machine, against half an hour of torch's own; a busy machine takes its time."""
 
 SITECUSTOMIZE = """
 import importlib.abc, importlib.util, os, signal, sys, time

@@ -41,6 +41,7 @@ JOURNEYS = [
     ("pp=2,vpp=2,schedule=interleaved,dp=2,zero=1,engine=torch", "tp=4,sp=1,engine=torch"),
     ("dp=4,zero=3,engine=torch", "pp=4,schedule=1f1b,engine=torch"),
     ("tp=4,engine=torch", "dp=4,engine=torch"),
+    ("cp=2,dp=2,zero=1,engine=torch", "cp=2,tp=2,engine=torch"),
     ("dp=4,zero=2,engine=deepspeed", "pp=2,tp=2,zero=1,engine=deepspeed"),
 ]
 
@@ -65,6 +66,7 @@ def _settings(prefix: Path, text: str) -> dict[str, Any]:
     settings["parallel"] = {
         "tensor_parallel_size": layout.tp,
         "sequence_parallel": bool(layout.sp),
+        "context_parallel_size": layout.cp,
         "pipeline_parallel_size": layout.pp,
         "virtual_pipeline_stages": layout.vpp,
         "pipeline_schedule": layout.schedule,

@@ -337,6 +337,7 @@ def record_layout(settings: dict[str, Any], folder: str, layout: Layout, bug: st
 
 
 PLANTED = {**SGD, "train.global_batch_size": 4, "train.micro_batch_size": 4}
+CORE, SEAM = "model.layers.0.attention.core", "at a seam of the sequence"
 RING, ULYSSES = (Layout(cp=2, engine="torch", method=method) for method in ("ring", "ulysses"))
 
 
@@ -349,16 +350,16 @@ def alone(pools: Pools, token_prefix: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(
-    ("bug", "layout", "what", "cause"),
+    ("bug", "layout", "what", "tensor", "cause"),
     [
-        ("", RING, "", ""),
-        ("mask a token off", RING, "loss", "at a seam of the sequence"),
-        ("chunks of the next rank", RING, "loss", "at a seam of the sequence"),
-        ("positions begin anew on each rank", ULYSSES, "loss", "the positions or"),
-        ("chunks joined in the order of ranks", ULYSSES, "loss", "at a seam of the sequence"),
-        ("dropout of local places", ULYSSES, "loss", "at a seam of the sequence"),
-        ("gradients not summed", RING, "replicas", "a missing synchronisation"),
-        ("loss not summed", ULYSSES, "replicas", "different losses"),
+        ("", RING, "", "", ""),
+        ("mask a token off", RING, "output", CORE, SEAM),
+        ("chunks of the next rank", RING, "output", CORE, SEAM),
+        ("positions begin anew on each rank", ULYSSES, "output", "positions", "its positions"),
+        ("chunks joined in the order of ranks", ULYSSES, "output", CORE, SEAM),
+        ("dropout of local places", ULYSSES, "output", "embedding.dropout", "its dropout masks"),
+        ("gradients not summed", RING, "replicas", "", "a missing synchronisation"),
+        ("loss not summed", ULYSSES, "replicas", "", "different losses"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(
@@ -369,6 +370,7 @@ def test_a_planted_bug_is_found_and_named(
     bug: str,
     layout: Layout,
     what: str,
+    tensor: str,
     cause: str,
 ) -> None:
     settings = settings_of(token_prefix, PLANTED)
@@ -382,4 +384,5 @@ def test_a_planted_bug_is_found_and_named(
         return
     assert first is not None
     assert first.what == what
+    assert first.tensor.endswith(tensor)
     assert cause in first.cause

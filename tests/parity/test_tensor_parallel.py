@@ -56,6 +56,7 @@ NEOX: dict[str, Any] = {
     "model.position_embedding": "rope",
     "model.rotary_fraction": 0.4,
     "model.parallel_residual": True,
+    "model.activation": "geglu_tanh",
     "model.qkv_bias": False,
 }
 SGD = {**GPT, "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.grad_clip": 0.0}

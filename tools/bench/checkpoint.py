@@ -1,6 +1,7 @@
 """Saving and loading against torch's DCP and DeepSpeed: MB per CPU-second, and the stall of a step.
 
     python -m tools.bench.checkpoint --megabytes 400 --folder /dev/shm/bench
+    python -m tools.bench.checkpoint --steps CONFIG      two processes that save while they train
 
 Rounds are interleaved; the median of each is printed. CPU seconds are user + system time of the
 process; a memory file system leaves the disk out.
@@ -9,10 +10,13 @@ process; a memory file system leaves the disk out.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +39,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/megascale-bench"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", metavar="CONFIG", help="measure steps of this run instead")
     arguments = parser.parse_args()
+    if arguments.steps:
+        _steps_during_saves(arguments.steps, arguments.folder)
+        return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     state = make_state(arguments.megabytes)
     size = sum(t.numel() * 4 for kinds in state.values() for t in kinds.values())
@@ -150,6 +158,25 @@ def _stall(state: Any, folder: Path, rounds: int) -> None:
         shutil.rmtree(folder / "sync")
     ratio = statistics.median(blocking[1:]) / statistics.median(whole[1:])
     print(f"blocking part, warm      {ratio:8.3f} of a synchronous save")
+
+
+def _steps_during_saves(config: str, folder: Path) -> None:
+    """Median step time of two processes that save at every 4th step, against the same without."""
+    medians = {}
+    for name, interval in (("without", 0), ("with", 4)):
+        command = [sys.executable, "-m", "megascale", "train", config, "--nproc", "2"]
+        command += [f"run.output_dir={folder / name}", "checkpoint.async_save=true"]
+        command += ["checkpoint.keep_last=null", f"checkpoint.save_interval={interval}"]
+        shutil.rmtree(folder / name, ignore_errors=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        times = [json.loads(line)["step_time_s"] for line in lines]
+        # the steps right after a save, while it goes on
+        during = [t for step, t in enumerate(times, 1) if step > 8 and step % 4 in (1, 2)]
+        medians[name] = statistics.median(during)
+        print(f"{name} saves: median step {medians[name]:.4f} s over {len(during)} steps")
+    print(f"slower while saving: {100 * (medians['with'] / medians['without'] - 1):.1f} %")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _disk(megabytes: int) -> None:

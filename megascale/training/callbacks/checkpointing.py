@@ -79,7 +79,7 @@ class CheckpointCallback(Callback):
         """
         asked = Asked()
         if self._requests is not None:
-            asked = self._requests.agreed(self._manager.has_failed())
+            asked = self._requests.agreed(self._manager.has_failed(), trainer.parts.device)
         if asked.failed:
             self._manager.finish()
         due = self._interval and result.step % self._interval == 0
@@ -128,8 +128,8 @@ class CheckpointCallback(Callback):
         self._saved_step = step
         if self._requests is not None:
             self._requests.saved()
-        how = "is being" if self._manager.is_busy() else "was"
-        trainer.say(f"checkpoint of step {step} {how} saved to {path}")
+        how = "is being saved" if self._manager.is_busy() else "saved"
+        trainer.say(f"checkpoint of step {step} {how} to {path}")
 
 
 def _fragments(trainer: Trainer, replicas: bool) -> Iterator[Fragment]:

@@ -35,8 +35,9 @@ class Asked:
 class SaveRequests:
     """Collects requests on any rank, so that all ranks act after the same step.
 
-    A signal may reach one rank only, and reaches two ranks at different steps; a file is seen by
-    rank 0. One small all-reduce a step makes one decision of it.
+    A signal may reach one rank only, and reaches two ranks at different steps: what counts is the
+    largest number of signals that any rank has had, so that each is acted on once. A file is seen
+    by rank 0. One small all-reduce a step makes one decision of it.
 
     Args:
         folder: where the files SAVE and STOP are looked for; each is removed when it was seen.
@@ -52,6 +53,7 @@ class SaveRequests:
         self._clock = clock
         self._last = clock()
         self._signals = SaveSignals()
+        self._signals_done = 0
 
     def start(self) -> None:
         """Begin to listen; the clock starts."""
@@ -66,23 +68,27 @@ class SaveRequests:
         """A checkpoint was saved: the clock starts again."""
         self._last = self._clock()
 
-    def agreed(self, failed: bool) -> Asked:
+    def agreed(self, failed: bool, device: torch.device | None = None) -> Asked:
         """What is asked for; collective, the same on every rank.
 
         Args:
             failed: whether this rank's background save has failed.
+            device: on which the ranks' collectives run; None: the CPU.
         """
-        save, stop = self._signals.take()
-        here = {"failed": failed, "SIGUSR1": save, "SIGTERM": stop}
+        saves, stop = self._signals.seen()
+        here = {"failed": failed, "SIGUSR1": saves, "SIGTERM": stop}
         if not dist.is_initialized() or dist.get_rank() == 0:
             due = self._seconds is not None and self._clock() - self._last >= self._seconds
             here["time"] = due
             here["file SAVE"] = self._seen(SAVE_FILE)
             here["file STOP"] = self._seen(STOP_FILE)
-        bits = torch.tensor([int(here.get(way, False)) for way in _WAYS])
+        numbers = torch.tensor([int(here.get(way, False)) for way in _WAYS], device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(bits, op=dist.ReduceOp.MAX)
-        asked = {way for way, bit in zip(_WAYS, bits.tolist(), strict=True) if bit}
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        counts = dict(zip(_WAYS, numbers.tolist(), strict=True))
+        signals, self._signals_done = self._signals_done, counts["SIGUSR1"]
+        counts["SIGUSR1"] -= signals
+        asked = {way for way, count in counts.items() if count}
         stops = ", ".join(way for way in _STOPPING if way in asked)
         return Asked("failed" in asked, bool(asked - {"failed"}), stops)
 

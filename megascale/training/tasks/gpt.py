@@ -26,6 +26,7 @@ from megascale.models.flops import (
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
 from megascale.models.initialization import initialize
+from megascale.models.mlp import is_gated
 from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
@@ -196,7 +197,7 @@ def gpt_plan(config: GPTConfig) -> Plan:
     }
     if config.position_embedding == "learned":
         plan["model.embedding.positions"] = Rule("positions")
-    if config.activation in ("swiglu", "geglu"):
+    if is_gated(config.activation):
         plan[f"{layer}.mlp.gate"] = Rule("column")
     if config.norm_placement == "sandwich":
         plan[f"{layer}.attention_post_norm"] = Rule("sequence")
