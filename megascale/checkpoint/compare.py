@@ -10,9 +10,6 @@ import torch
 
 from megascale.checkpoint.name_lists import folded
 from megascale.checkpoint.reader import CheckpointReader
-from megascale.parallel.fragment import Fragment
-
-_BLOCK = 1 << 20  # elements compared at a time
 
 
 def differences(one: CheckpointReader, other: CheckpointReader) -> Iterator[str]:
@@ -45,24 +42,14 @@ def _compare(one: CheckpointReader, other: CheckpointReader, name: str, kind: st
     shapes = [reader.state_shape(name, kind) for reader in (one, other)]
     if shapes[0] != shapes[1]:
         return f"shape {shapes[0]} and {shapes[1]}"
-    shape = shapes[0]
-    if shape is None:
-        return ""
-    total, differing, largest = math.prod(shape), 0, 0.0
-    box = tuple((0, size) for size in shape)
-    whole = tuple(one.manifest.parameters[name])
-    for start in range(0, total, _BLOCK):
-        blocks = []
-        for reader in (one, other):
-            block = torch.empty(min(_BLOCK, total - start))
-            reader.fill(Fragment(name, kind, whole, box, start, block))
-            blocks.append(block)
-        unequal = blocks[0].view(torch.int32) != blocks[1].view(torch.int32)
+    differing, largest = 0, 0.0
+    for ours, theirs in zip(one.blocks(name, kind), other.blocks(name, kind), strict=True):
+        unequal = ours.view(torch.int32) != theirs.view(torch.int32)
         differing += int(unequal.sum())
-        largest = max(largest, _largest((blocks[0] - blocks[1])[unequal]))
+        largest = max(largest, _largest((ours - theirs)[unequal]))
     if not differing:
         return ""
-    return f"{differing} of {total} elements differ, by at most {largest:.3g}"
+    return f"{differing} of {math.prod(shapes[0] or ())} elements differ, by at most {largest:.3g}"
 
 
 def _largest(values: torch.Tensor) -> float:

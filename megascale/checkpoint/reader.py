@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from megascale.checkpoint.tensor_file import TensorFile
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, global_runs, whole_box
 
+_BLOCK = 1 << 20  # elements
 _CHUNK = 256 * 1024  # small enough to be hashed from the processor's cache
 
 
@@ -141,6 +143,18 @@ class CheckpointReader:
             return shape
         ends = [max(piece.box[dim][1] for piece in pieces) for dim in range(len(shape))]
         return tuple(ends)
+
+    def blocks(self, name: str, kind: str) -> Iterator[torch.Tensor]:
+        """One kind of a parameter's state, flat, in fp32 blocks of bounded size; none has none."""
+        shape = self.state_shape(name, kind)
+        total = 0 if shape is None else math.prod(shape)
+        box = whole_box(shape or ())
+        for start in range(0, total, _BLOCK):
+            block = torch.empty(min(_BLOCK, total - start))
+            self.fill(
+                Fragment(name, kind, tuple(self.manifest.parameters[name]), box, start, block)
+            )
+            yield block
 
     def rng_state(self, rank: int) -> torch.Tensor:
         """torch's CPU generator state that `rank` had when the checkpoint was written."""

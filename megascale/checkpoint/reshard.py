@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -14,9 +13,7 @@ from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorStream
 from megascale.checkpoint.writer import StreamedFile, write_streamed
 from megascale.errors import UserError
-from megascale.parallel.fragment import Fragment, whole_box
-
-_BLOCK = 1 << 20
+from megascale.parallel.fragment import whole_box
 
 
 def reshard(reader: CheckpointReader, out: str, num_files: int) -> None:
@@ -61,14 +58,9 @@ def _constant(key: str, tensor: torch.Tensor) -> TensorStream:
 
 
 def _stream(reader: CheckpointReader, name: str, kind: str, shape: tuple[int, ...]) -> TensorStream:
-    total = math.prod(shape)
-
-    def blocks() -> Iterator[torch.Tensor]:
-        whole: Any = tuple(reader.manifest.parameters[name])
-        for start in range(0, total, _BLOCK):
-            block = torch.empty(min(_BLOCK, total - start))
-            reader.fill(Fragment(name, kind, whole, whole_box(shape), start, block))
-            yield block
-
-    made: Callable[[], Iterator[torch.Tensor]] = blocks
-    return TensorStream(tensor_key(kind, name), torch.float32, (total,), made)
+    return TensorStream(
+        tensor_key(kind, name),
+        torch.float32,
+        (math.prod(shape),),
+        partial(reader.blocks, name, kind),
+    )

@@ -251,7 +251,7 @@ class DeepSpeedEngine:
         for name, param in self._params.items():
             place = self.placements[name]
             is_copy = self.pipeline is not None and self.pipeline.is_copy(name)
-            if not (replicas or ((place.sharded or self._mesh.tp_rank == 0) and not is_copy)):
+            if not (replicas or (place.counts_on(self._mesh.tp_rank) and not is_copy)):
                 continue
             for kind in kinds:
                 found = self._fragment(param, kind)
@@ -392,7 +392,7 @@ def _mark(
     pp x tp only; the second excludes the last stage's copy of a tied weight.
     """
     for name, param in module.named_parameters():
-        counted = placements[name].sharded or mesh.tp_rank == 0
+        counted = placements[name].counts_on(mesh.tp_rank)
         param.tensor_model_parallel = counted  # type: ignore[attr-defined]
         param.model_parallel = counted  # type: ignore[attr-defined]
         if layout is not None and mesh.pp_rank > 0 and name == layout.copied_weight:

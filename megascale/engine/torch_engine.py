@@ -145,7 +145,7 @@ class TorchEngine:
         return self._is_counted_over_tp(name)
 
     def _is_counted_over_tp(self, name: str) -> bool:
-        return self.placements[name].sharded or self._mesh.tp_rank == 0
+        return self.placements[name].counts_on(self._mesh.tp_rank)
 
     def _sum_copies(self) -> None:
         """Sum the gradients of a tied weight that two pipeline stages hold."""

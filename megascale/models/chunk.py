@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # a config is checked, and a schedule drawn, without waiting for torch
-    from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,26 @@ class Chunk:
         return self.end == self.num_layers
 
 
-def keep_layers(layers: nn.ModuleDict, chunks: Iterable[Chunk]) -> None:
-    """Delete the layers, keyed by global index, that are in none of `chunks`."""
+def keep_chunks(model: Any, chunks: Iterable[Chunk], *, tied: bool) -> bool:
+    """Delete from a model's `layers` and `embedding` what none of `chunks` needs.
+
+    Args:
+        model: has `layers`, keyed by global index, and `embedding`.
+        tied: whether what follows the last layer reads the token table.
+
+    Returns:
+        whether the last chunk, with what follows it, is among `chunks`.
+    """
     kept = list(chunks)
-    for index in list(layers):
+    for index in list(model.layers):
         if not any(int(index) in chunk for chunk in kept):
-            del layers[index]
-
-
-def keep_tokens_only(embedding: nn.Module) -> None:
-    """Delete all of an embedding but its token table, which a tied head elsewhere reads."""
-    for name, _ in list(embedding.named_children()):
-        if name != "tokens":
-            delattr(embedding, name)
+            del model.layers[index]
+    has_last = any(chunk.is_last for chunk in kept)
+    if not any(chunk.is_first for chunk in kept):
+        if has_last and tied:
+            for name, _ in list(model.embedding.named_children()):
+                if name != "tokens":
+                    delattr(model.embedding, name)
+        else:
+            model.embedding = None
+    return has_last

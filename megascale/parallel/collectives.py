@@ -13,6 +13,7 @@ section 3, arXiv:2205.05198 section 4.2):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,78 +53,53 @@ def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduced(grad, ctx.group), None
+Exchange = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
-class _Reduce(torch.autograd.Function):
+class _Transposed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduced(x, group)
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange
+    ) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_sequence(grad, ctx.group), None
+def transposed(x: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> Tensor:
+    """``there(x, group)``, whose gradient is ``back(gradient, group)``."""
+    return _Transposed.apply(x, group, there, back)
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return reduce_scatter_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather_sequence(grad, ctx.group), None
+def _unchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.view_as(x)
 
 
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return own_slice(grad, ctx.group).contiguous(), None
+def _own_copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return own_slice(x, group).contiguous()
 
 
 def copy_to_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity; the gradient is summed over the group. For what is replicated before a cut."""
-    return _Copy.apply(x, group)
+    return transposed(x, group, _unchanged, all_reduced)
 
 
 def reduce_from_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum of the ranks' partial results."""
-    return _Reduce.apply(x, group)
+    return transposed(x, group, all_reduced, _unchanged)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, T_local, ...) -> (B, T, ...); the ranks' gradients are summed and cut again."""
-    return _Gather.apply(x, group)
+    return transposed(x, group, all_gather_sequence, reduce_scatter_sequence)
 
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial results (B, T, ...) -> own part (B, T_local, ...) of their sum."""
-    return _Scatter.apply(x, group)
+    return transposed(x, group, reduce_scatter_sequence, all_gather_sequence)
 
 
 def leave_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -131,4 +107,4 @@ def leave_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     There each rank's gradient is already the whole one, so nothing is summed on the way back.
     """
-    return _Leave.apply(x, group)
+    return transposed(x, group, all_gather_sequence, _own_copy)

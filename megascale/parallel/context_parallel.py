@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megascale.parallel.collectives import transposed
 from megascale.parallel.ring_attention import Ring, ring_attention
-from megascale.parallel.tensor_parallel import match, replace_module
+from megascale.parallel.tensor_parallel import matched, replace_module
 
 Method = Literal["ulysses", "ring"]
 ContextStyle = Literal["attention", "drop_sequence"]
@@ -120,21 +121,12 @@ def parallelize_context(module: nn.Module, plan: ContextPlan, context: ContextGr
     Raises:
         ValueError: a line of the plan that fits no module.
     """
-    used: set[str] = set()
-    for name, child in list(module.named_modules()):
-        found = match(plan, name)
-        if found is None:
-            continue
-        pattern, style = found
-        used.add(pattern)
+    for name, child, _, style in matched(module, plan):
         if style == "drop_sequence":
-            child.set_chunks(0, context.chunks, 2 * context.size)
+            child.set_chunks(0, context.chunks, 2 * context.size)  # type: ignore[operator]
         else:
             core = UlyssesAttention if context.method == "ulysses" else RingAttention
             replace_module(module, name, core(child, context))
-    unused = set(plan) - used
-    if unused:
-        raise ValueError(f"plan lines that fit no module: {sorted(unused)}")
 
 
 class UlyssesAttention(nn.Module):
@@ -166,9 +158,12 @@ class UlyssesAttention(nn.Module):
         # one message: from each of the three the heads that go to a rank
         split = [t.unflatten(1, (size, -1)) for t in (query, key, value)]
         heads = [t.shape[2] for t in split]
-        packed = _ToHeads.apply(torch.cat(split, dim=2), self.context.group)
+        packed = transposed(
+            torch.cat(split, dim=2), self.context.group, _tokens_to_heads, _heads_to_tokens
+        )
         attended = self.core(*packed.split(heads, dim=1), visibility, keys)
-        return _ToTokens.apply(attended, self.context.group)
+        tokens = transposed(attended, self.context.group, _heads_to_tokens, _tokens_to_heads)
+        return tokens.flatten(1, 2)
 
 
 def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -186,28 +181,6 @@ def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return received.transpose(0, 1)
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _tokens_to_heads(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _heads_to_tokens(grad, ctx.group), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.size = group, dist.get_world_size(group)
-        return _heads_to_tokens(x, group).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _tokens_to_heads(grad.unflatten(1, (ctx.size, -1)), ctx.group), None
 
 
 class RingAttention(nn.Module):

@@ -25,7 +25,7 @@ whose sizes differ by one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -92,6 +92,10 @@ class Placement:
     sharded: bool
     rule: str = ""
 
+    def counts_on(self, tp_rank: int) -> bool:
+        """Whether this rank speaks for it: of copies over the tensor-parallel group the first."""
+        return self.sharded or tp_rank == 0
+
 
 @dataclass(frozen=True)
 class TensorGroup:
@@ -140,6 +144,25 @@ def match(plan: Mapping[str, _Line], name: str) -> tuple[str, _Line] | None:
     return None
 
 
+def matched(
+    module: nn.Module, plan: Mapping[str, _Line]
+) -> Iterator[tuple[str, nn.Module, str, _Line]]:
+    """(name, submodule, pattern, line) of every submodule that the plan names.
+
+    Raises:
+        ValueError: at the end, for lines of the plan that fit no module.
+    """
+    used: set[str] = set()
+    for name, child in list(module.named_modules()):
+        found = match(plan, name)
+        if found is not None:
+            used.add(found[0])
+            yield name, child, *found
+    unused = set(plan) - used
+    if unused:
+        raise ValueError(f"plan lines that fit no module: {sorted(unused)}")
+
+
 def whole_placements(module: nn.Module) -> dict[str, Placement]:
     """Placements of an uncut module."""
     return {
@@ -159,20 +182,11 @@ def parallelize(module: nn.Module, plan: Plan, tensor: TensorGroup) -> dict[str,
         ValueError: a line of the plan that fits no module.
     """
     placements = whole_placements(module)
-    used: set[str] = set()
-    for name, child in list(module.named_modules()):
-        found = match(plan, name)
-        if found is None:
-            continue
-        pattern, rule = found
-        used.add(pattern)
+    for name, child, pattern, rule in matched(module, plan):
         new = _CUTTERS[rule.style](child, rule, tensor, name)
         if new is not child:
             replace_module(module, name, new)
         _record(placements, name, child, new, f"{pattern}: {rule.style}", tensor, rule)
-    unused = set(plan) - used
-    if unused:
-        raise ValueError(f"plan lines that fit no module: {sorted(unused)}")
     assert placements.keys() == dict(module.named_parameters()).keys()
     return placements
 

@@ -20,7 +20,7 @@ from megascale.data.statistics import most_frequent_token
 from megascale.errors import UserError
 from megascale.models.bert import BERT, BERTConfig
 from megascale.models.bert_heads import MaskedLMHead, SentenceHead
-from megascale.models.chunk import Chunk, keep_layers, keep_tokens_only
+from megascale.models.chunk import Chunk, keep_chunks
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import (
     bert_flops_per_token,
@@ -267,15 +267,7 @@ class BERTTask:
     def keep_chunks(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
         """See `Task.keep_chunks`."""
         assert isinstance(module, BERTModule)
-        keep_layers(module.model.layers, chunks)
-        has_last = any(chunk.is_last for chunk in chunks)
-        if not any(chunk.is_first for chunk in chunks):
-            if has_last:
-                assert module.model.embedding is not None
-                keep_tokens_only(module.model.embedding)
-            else:
-                module.model.embedding = None
-        if not has_last:
+        if not keep_chunks(module.model, chunks, tied=True):
             module.head = module.sentence_head = None
 
     def tied_weight(self) -> str | None:

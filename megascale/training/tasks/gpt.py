@@ -16,7 +16,7 @@ from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.data.statistics import ngram_entropy
-from megascale.models.chunk import Chunk, keep_layers, keep_tokens_only
+from megascale.models.chunk import Chunk, keep_chunks
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import (
     flops_per_token,
@@ -240,15 +240,7 @@ class GPTTask:
     def keep_chunks(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
         """See `Task.keep_chunks`."""
         assert isinstance(module, GPTModule)
-        keep_layers(module.model.layers, chunks)
-        has_last = any(chunk.is_last for chunk in chunks)
-        if not any(chunk.is_first for chunk in chunks):
-            if has_last and self._gpt.tie_word_embeddings:
-                assert module.model.embedding is not None
-                keep_tokens_only(module.model.embedding)
-            else:
-                module.model.embedding = None
-        if not has_last:
+        if not keep_chunks(module.model, chunks, tied=self._gpt.tie_word_embeddings):
             module.model.final_norm = module.head = None
 
     def tied_weight(self) -> str | None:
