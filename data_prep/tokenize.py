@@ -154,6 +154,7 @@ def tokenize(
             text_key=options.text_key,
             sentence_limit=options.sentence_limit if options.bert else None,
         )
+        work.prime(tokenizer, encoder)
         outcome = run.run(tasks, work, workers)
         manifest = DatasetManifest(
             mode="bert" if options.bert else "gpt",
