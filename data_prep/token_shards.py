@@ -26,6 +26,7 @@ from megascale.data.token_file import TokenFileWriter, token_dtype
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
 
+LONGEST_SENTENCE = 256  # two of them and three special tokens nearly fill a sample of 512
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
 
