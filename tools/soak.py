@@ -3,9 +3,9 @@
     python -m tools.soak checkpoint CONFIG --kills 100
     python -m tools.soak tokenize --kills 50
 
-checkpoint: a run on 2 processes saves at every second step; after a random time all its processes get SIGKILL.
-Each time: the checkpoints that were there still are (but for what keep_last lets go), the newest is
-intact, and the resumed run's losses are those of a run that was never killed.
+checkpoint: a run on 2 processes saves at every second step; after a random time all its processes
+get SIGKILL. Each time: the checkpoints that were there still are (but for what keep_last lets go),
+the newest is intact, and the resumed run's losses are those of a run that was never killed.
 
 tokenize: a run with 2 workers is killed after a random time (all of its processes, only the parent,
 or only a worker) and started again until it is done; then each byte is that of a run that was never
