@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=_WAYS, default=list(_WAYS))
+    parser.add_argument("--repeat", type=int, default=1, help="read the input so many times over")
     parser.add_argument("--only", choices=["tokenising", "memory", "reading"])
     parser.add_argument("--child", choices=_WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -61,6 +63,7 @@ def main() -> None:
             if arguments.input is None:
                 parser.error("tokenising needs --input")
             arguments.tokenizer = arguments.tokenizer or _train(arguments.input, Path(folder))
+            arguments.input = _repeated(arguments.input, arguments.repeat, Path(folder))
         if arguments.only in (None, "tokenising"):
             bench_tokenising(arguments, Path(folder))
         if arguments.only in (None, "memory"):
@@ -73,9 +76,9 @@ def main() -> None:
 def bench_tokenising(arguments: argparse.Namespace, folder: Path) -> None:
     """Whole processes, then the share of the back end's own rate."""
     megabytes = sum(len(text.encode()) for text in _texts(arguments.input)) / 1e6
-    rates: dict[str, list[float]] = {way: [] for way in _WAYS}
+    rates: dict[str, list[float]] = {way: [] for way in arguments.ways}
     for _ in range(arguments.rounds):
-        for way in _WAYS:
+        for way in arguments.ways:
             output = folder / way
             shutil.rmtree(output, ignore_errors=True)
             rates[way].append(megabytes / _child(arguments, way, output))
@@ -85,16 +88,11 @@ def bench_tokenising(arguments: argparse.Namespace, folder: Path) -> None:
         spread = f"{min(found):.2f}-{max(found):.2f}"
         print(f"{way:10} {rate:8.2f} MB per CPU-second ({spread})")
     ours = statistics.median(rates["ours"])
-    for way in _WAYS[1:]:
+    for way in arguments.ways:
         print(f"ours / {way:10} {ours / statistics.median(rates[way]):6.2f}")
-    ids = [np.fromfile(path, np.uint16) for path in _token_files(folder)]
+    ids = [np.fromfile(path, np.uint16) for path in sorted(folder.glob("*/*.bin"))]
     same = all(np.array_equal(ids[0], other) for other in ids[1:])
     print(f"ids of {len(ids)} ways are {'identical' if same else 'DIFFERENT'}")
-
-
-def _token_files(folder: Path) -> list[Path]:
-    ours = sorted((folder / "ours").glob("*.bin"))
-    return [ours[0], folder / "hf" / "hf.bin", folder / "megatron" / "m.bin"]
 
 
 def _child(arguments: argparse.Namespace, way: str, output: Path) -> float:
@@ -222,6 +220,15 @@ def bench_memory(arguments: argparse.Namespace, folder: Path) -> None:
         read = text.stat().st_size / 1e6
         print(f"input of {read:7.1f} MB: {peak / 1e6:7.1f} MB in the largest of 2 workers")
         shutil.rmtree(output)
+
+
+def _repeated(text: Path, times: int, folder: Path) -> Path:
+    if times == 1:
+        return text
+    with open(folder / "repeated.jsonl", "wb") as stream:
+        for _ in range(times):
+            stream.write(text.read_bytes())
+    return folder / "repeated.jsonl"
 
 
 def _train(text: Path, folder: Path) -> Path:
