@@ -19,6 +19,7 @@ from megascale.engine.protocol import MicroBatch
 from megascale.models.chunk import Chunk
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.pipeline import SCHEDULES, Action, PipelineLayout
+from megascale.wide import widen
 
 
 class Pipeline:
@@ -128,7 +129,7 @@ class Pipeline:
         if not chunk.is_last:
             return outputs
         sums = outputs[0]
-        self._sums += sums.detach().float()
+        self._sums += widen(sums.detach())
         return (sums * self._scale).sum()
 
     def did(self, action: Action) -> None:
