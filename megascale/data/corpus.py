@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,23 @@ from megascale.errors import UserError
 _EDGE_BYTES = 1 << 20
 _FRACTION_TOLERANCE = 1e-6
 _PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
+
+
+@dataclass(frozen=True)
+class ShardIdentity:
+    """What tells one pair of token files from another.
+
+    Attributes:
+        prefix: file name without `.bin`. bytes: of the .bin.
+        content, index: hashes of .bin and .idx; of a Megatron prefix's .bin that of its ends.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    bytes: int
+    content: str
+    index: str
 
 
 class TokenCorpus:
@@ -128,6 +146,19 @@ class TokenCorpus:
             filled += len(piece)
             number += 1
 
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(len(starts), length) int64: as many tokens from each of the positions `starts` on."""
+        if len(self._shards) == 1 and len(starts):
+            assert starts.min() >= 0
+            assert starts.max() <= self.num_tokens - length
+            # One gather for all rows; rows of a sliding view are cheap, it holds no tokens.
+            every = np.lib.stride_tricks.sliding_window_view(self._shards[0].tokens, length)
+            return every[starts].astype(np.int64)
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(windows, starts.tolist(), strict=True):
+            self.read_into(start, row)
+        return windows
+
     def boundaries(self, start: int, length: int) -> np.ndarray:
         """Positions in [start, start + length) at which a document begins, ascending."""
         first, last = np.searchsorted(self.document_starts, (start, start + length), side="left")
@@ -190,14 +221,39 @@ class TokenCorpus:
         """32 hex digits that change when the content changes."""
         if self.manifest is not None:
             return self.manifest.fingerprint
-        binary, index = self._shards[0].bin_path, self._shards[0].idx_path
-        size = binary.stat().st_size
-        digest = xxhash.xxh3_128(f"{file_checksum(index)} {size} ".encode())
-        with open(binary, "rb") as stream:
-            digest.update(stream.read(_EDGE_BYTES))
-            stream.seek(max(0, size - _EDGE_BYTES))
-            digest.update(stream.read(_EDGE_BYTES))
+        (shard,) = self.shard_identities
+        digest = xxhash.xxh3_128(f"{shard.index} {shard.bytes} ".encode())
+        digest.update(_edges(self._shards[0].bin_path))
         return digest.hexdigest()
+
+    @functools.cached_property
+    def shard_identities(self) -> list[ShardIdentity]:
+        """Each shard's, in order; reads the manifest, or a Megatron prefix's index."""
+        if self.manifest is not None:
+            return [
+                ShardIdentity(r.prefix, r.documents, r.tokens, r.bin_bytes, r.bin_xxh3, r.idx_xxh3)
+                for r in self.manifest.shards
+            ]
+        (shard,) = self._shards
+        return [
+            ShardIdentity(
+                shard.bin_path.stem,
+                shard.num_documents,
+                shard.num_tokens,
+                shard.bin_path.stat().st_size,
+                xxhash.xxh3_128_hexdigest(_edges(shard.bin_path)),
+                file_checksum(shard.idx_path),
+            )
+        ]
+
+    def place_of(self, position: int) -> tuple[str, int, int]:
+        """(shard, document in the shard, token in the document) of a position in the stream."""
+        number = int(np.searchsorted(self._shard_starts, position, side="right")) - 1
+        shard, local = self._shards[number], position - int(self._shard_starts[number])
+        starts = shard.document_starts()
+        # The last of those that begin here: empty documents begin where the next one does.
+        document = int(np.searchsorted(starts, local, side="right")) - 1
+        return Path(shard.prefix).name, document, local - int(starts[document])
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest; a Megatron prefix has its index read.
@@ -261,6 +317,14 @@ class TokenCorpus:
             remedy="give that part a larger fraction, or prepare more or shorter documents "
             "(`--documents paragraph` or `line` cuts text files)",
         )
+
+
+def _edges(binary: Path) -> bytes:
+    """The first and the last MiB of a file."""
+    with open(binary, "rb") as stream:
+        first = stream.read(_EDGE_BYTES)
+        stream.seek(max(0, binary.stat().st_size - _EDGE_BYTES))
+        return first + stream.read(_EDGE_BYTES)
 
 
 def _nearest(candidates: np.ndarray, target: float) -> int:
