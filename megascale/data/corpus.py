@@ -42,6 +42,16 @@ class ShardIdentity:
     index: str
 
 
+@dataclass(frozen=True)
+class DocumentPart:
+    """Tokens [start, stop) of one document of a shard; documents count from 0 in each shard."""
+
+    shard: str
+    document: int
+    start: int
+    stop: int
+
+
 class TokenCorpus:
     """Read-only view over the shards of one dataset, in their order. Made by `open`.
 
@@ -246,14 +256,24 @@ class TokenCorpus:
             )
         ]
 
-    def place_of(self, position: int) -> tuple[str, int, int]:
-        """(shard, document in the shard, token in the document) of a position in the stream."""
-        number = int(np.searchsorted(self._shard_starts, position, side="right")) - 1
-        shard, local = self._shards[number], position - int(self._shard_starts[number])
-        starts = shard.document_starts()
-        # The last of those that begin here: empty documents begin where the next one does.
-        document = int(np.searchsorted(starts, local, side="right")) - 1
-        return Path(shard.prefix).name, document, local - int(starts[document])
+    def documents_in(self, start: int, length: int) -> list[DocumentPart]:
+        """The documents of the positions [start, start + length), in order; none is empty."""
+        inner = self.boundaries(start + 1, length - 1)
+        cuts = np.unique(np.concatenate([[start], inner, [start + length]]))
+        documents = np.searchsorted(self.document_starts, cuts[:-1], side="right") - 1
+        shards = np.searchsorted(self._shard_starts, cuts[:-1], side="right") - 1
+        before = np.cumsum([0, *(shard.num_documents for shard in self._shards)])
+        begins = cuts[:-1] - self.document_starts[documents]
+        return [
+            DocumentPart(Path(self._shards[shard].prefix).name, number, begin, begin + size)
+            for shard, number, begin, size in zip(
+                shards.tolist(),
+                (documents - before[shards]).tolist(),
+                begins.tolist(),
+                np.diff(cuts).tolist(),
+                strict=True,
+            )
+        ]
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest; a Megatron prefix has its index read.

@@ -86,11 +86,9 @@ class BatchLoader:
     def _load(self, samples_seen: int) -> list[MicroBatch]:
         size = self._micro_batch_size
         total = self.batch_size.at(samples_seen)
-        count_microbatches(total, size, self._dp_size)
-        share = total // self._dp_size
-        first = samples_seen + self._dp_rank * share
+        numbers = np.arange(samples_seen, samples_seen + total, dtype=np.int64)
         # One read for the whole step, then views: fewer, larger numpy calls.
-        ids = np.arange(first, first + share, dtype=np.int64)
+        ids = rank_share(numbers, size, self._dp_rank, self._dp_size)
         arrays = self._dataset.batch(ids)
         if self._vocab_size is not None:
             _require_known_ids(arrays, ids, self._vocab_size)
@@ -144,6 +142,19 @@ class EvaluationLoader:
             for name in label_names(arrays):
                 arrays[name][padding] = IGNORE_LABEL
             yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, spread))
+
+
+def rank_share(
+    numbers: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> np.ndarray:
+    """The samples of a step that one data-parallel rank takes, out of all of them in order.
+
+    Raises:
+        UserError: see `count_microbatches`.
+    """
+    count_microbatches(len(numbers), micro_batch_size, dp_size)
+    share = len(numbers) // dp_size
+    return numbers[dp_rank * share : (dp_rank + 1) * share]
 
 
 def count_microbatches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
