@@ -158,16 +158,28 @@ class TokenCorpus:
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length) int64: as many tokens from each of the positions `starts` on."""
-        if len(self._shards) == 1 and len(starts):
-            assert starts.min() >= 0
-            assert starts.max() <= self.num_tokens - length
-            # One gather for all rows; rows of a sliding view are cheap, it holds no tokens.
-            every = np.lib.stride_tricks.sliding_window_view(self._shards[0].tokens, length)
-            return every[starts].astype(np.int64)
         windows = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(windows, starts.tolist(), strict=True):
-            self.read_into(start, row)
+        if not len(starts):
+            return windows
+        assert starts.min() >= 0
+        assert starts.max() <= self.num_tokens - length
+        if len(self._shards) == 1:
+            windows[:] = self._every_window(0, length)[starts]
+            return windows
+        numbers = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        inside = starts + length <= self._shard_starts[numbers + 1]
+        for number in np.unique(numbers[inside]).tolist():
+            rows = np.flatnonzero(inside & (numbers == number))
+            local = starts[rows] - self._shard_starts[number]
+            windows[rows] = self._every_window(number, length)[local]
+        for row in np.flatnonzero(~inside).tolist():
+            self.read_into(int(starts[row]), windows[row])
         return windows
+
+    def _every_window(self, number: int, length: int) -> np.ndarray:
+        """(N - length + 1, length): a shard's windows at all positions, a view; rows are gathered
+        by one call for a whole batch."""
+        return np.lib.stride_tricks.sliding_window_view(self._shards[number].tokens, length)
 
     def boundaries(self, start: int, length: int) -> np.ndarray:
         """Positions in [start, start + length) at which a document begins, ascending."""

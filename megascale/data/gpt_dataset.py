@@ -97,7 +97,7 @@ class GPTDataset:
         epochs, windows = self._epochs.locate(indices)
         starts = self.token_range[0] + windows * self.seq_length
         if self._slack:
-            for epoch in np.unique(epochs).tolist():
+            for epoch in set(epochs.tolist()):
                 offset = derive_key(self._key, _OFFSET, epoch) % (self._slack + 1)
                 starts[epochs == epoch] += offset
         return starts
