@@ -14,6 +14,7 @@ import pytest
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.errors import UserError
 from megascale.training.which import RunSamples
+from tests.bert_data import make_bert_dataset
 from tests.integration import runs
 
 EOT = "<|endoftext|>"
@@ -245,3 +246,17 @@ def test_fill_in_the_middle_needs_its_tokens(trained: Trained, tmp_path: Path) -
     change = ("data.fim_rate=0.5", f"run.output_dir={tmp_path}/run")
     message = runs.call("train", trained.config, *change).refusal()
     assert "<|fim_prefix|> <|fim_suffix|> <|fim_middle|>" in message
+
+
+def test_which_of_a_bert(tmp_path: Path) -> None:
+    """[CLS] A [SEP] B [SEP] with masks, without the padding; the run is part of a document."""
+    data = make_bert_dataset(tmp_path)
+    tree = runs.settings(data, tmp_path / "run", data__sentence_objective="sop")
+    tree["model"]["family"] = "bert"
+    run = RunSamples(str(runs.write_config(tmp_path / "config.yaml", tree)))
+    for sample in run.of_step(5):
+        assert sample.text is not None
+        assert sample.text.startswith("[CLS]")
+        assert sample.text.endswith("[SEP]")
+        (part,) = sample.documents
+        assert sample.tokens == part.stop - part.start + 3 <= 16

@@ -97,6 +97,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, _layout("torch", 0, pipeline_parallel_size=2)),
     "pp2 DeepSpeed 1": (2, _layout("deepspeed", 1, pipeline_parallel_size=2)),
 }
+# where much padding and dropout are tried beside best_fit
+MOST_PADDING = ("micro-batches of 4", "dp2", "dp2 DeepSpeed 2", "cp2 ring", "pp2")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -108,8 +110,8 @@ def test_same_training(
     layout: str,
 ) -> None:
     world, changes = LAYOUTS[layout]
-    for name, variant in variants.items():
-        settings = settings_of(token_prefix, {**variant, **changes})
+    for name in ("best_fit", "one_document") if layout in MOST_PADDING else ("best_fit",):
+        settings = settings_of(token_prefix, {**variants[name], **changes})
         assert_same(
             merge(pools(world).run(record_rank, settings=settings, steps=STEPS)), references[name]
         )
@@ -144,11 +146,16 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize(("packing", "elsewhere"), [("concat", (4, 2)), ("best_fit", (1, 4))])
 def test_a_resumed_run_is_the_run_that_never_stopped(
-    pools: Pools, token_prefix: Path, tmp_path: Path, mixed: dict[str, Any], packing: str
+    pools: Pools,
+    token_prefix: Path,
+    tmp_path: Path,
+    mixed: dict[str, Any],
+    packing: str,
+    elsewhere: tuple[int, int],
 ) -> None:
-    """Same layout: every bit; another number of ranks: 1e-5."""
+    """Same layout: every bit; another number of ranks and micro-batch size: 1e-5."""
     settings = settings_of(token_prefix, {**mixed, "data.packing": packing})
     folder = str(tmp_path)
     straight = pools(2).run(
@@ -156,11 +163,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     )
     assert len(straight[0]) == LAST - AT_STEP
     assert pools(2).run(resume_rank, settings=settings, folder=folder, steps=LAST) == straight
-    for world, micro in ((1, 4), (4, 2)):
-        elsewhere = settings_of(
-            token_prefix, {**mixed, "data.packing": packing, "train.micro_batch_size": micro}
-        )
-        resumed = pools(world).run(resume_rank, settings=elsewhere, folder=folder, steps=LAST)
-        for found, expected in zip(resumed[0], straight[0], strict=True):
-            assert relative(found[0], expected[0]) < 1e-5
-            assert relative(found[1], expected[1]) < 1e-5
+    world, micro = elsewhere
+    settings["train"]["micro_batch_size"] = micro
+    resumed = pools(world).run(resume_rank, settings=settings, folder=folder, steps=LAST)
+    for found, expected in zip(resumed[0], straight[0], strict=True):
+        assert relative(found[0], expected[0]) < 1e-5
+        assert relative(found[1], expected[1]) < 1e-5
