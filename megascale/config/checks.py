@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from megascale.config import recipe_checks
 from megascale.config.bert_checks import BERT_CHECKS
+from megascale.config.data_checks import DATA_CHECKS
 from megascale.config.model_checks import MODEL_CHECKS
 from megascale.config.problems import Problem
 from megascale.config.rules import Check, divisors_near, neighbours
@@ -292,4 +293,5 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     ),
     *_IGNORED,
     *BERT_CHECKS,
+    *DATA_CHECKS,
 )

@@ -21,6 +21,7 @@ from megascale.config.load import dump_config
 from megascale.config.schema import Config
 from megascale.data.atomic_files import write_file
 from megascale.data.batch_size import batch_size_schedule
+from megascale.data.ledger import Ledger
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.engine.capabilities import choose_engine
@@ -46,17 +47,18 @@ from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
 from megascale.training.callbacks.console import ConsoleCallback
 from megascale.training.callbacks.early_stop import EarlyStopCallback
+from megascale.training.callbacks.ledger import LedgerCallback
 from megascale.training.callbacks.metrics_file import MetricsFileCallback
 from megascale.training.callbacks.samples import SampleCallback
 from megascale.training.callbacks.save_requests import SaveRequests
 from megascale.training.callbacks.tensorboard import TensorBoardCallback
 from megascale.training.callbacks.validation import ValidationCallback
+from megascale.training.data_record import run_attachments, run_constants
 from megascale.training.datasets import (
     Corpora,
     RunData,
     open_corpora,
     resolve_vocab_size,
-    tokenizer_files,
 )
 from megascale.training.hardware import peak_flops
 from megascale.training.initial_weights import load_initial_weights, open_initial_weights
@@ -129,7 +131,7 @@ def _assemble(
     state = TrainState()
     saved: dict[str, Any] = {}
     if reader is not None:
-        require_same_data(reader, corpora.fingerprint, config.run.seed)
+        require_same_data(reader, config, corpora)
         state, saved = load_state(reader, engine, mesh)
         say(f"resumed from {reader.storage.root} at step {state.step}")
     if initial is not None:
@@ -138,9 +140,10 @@ def _assemble(
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 
-    parts = _step_parts(config, task, data, engine, mesh, device)
+    parts = _step_parts(config, data, engine, mesh, device)
     average = _weight_average(config, engine, reader)
-    callbacks = [*average, *_callbacks(config, corpora, data, mesh, manager, console)]
+    ledger = LedgerCallback(parts.ledger)
+    callbacks = [*average, ledger, *_callbacks(config, corpora, data, mesh, manager, console)]
     for callback in callbacks:
         if callback.name in saved:
             callback.load_state_dict(saved[callback.name])
@@ -149,6 +152,8 @@ def _assemble(
     enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))
     trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
     say(_headline(config, task, mesh, device))
+    for note in data.notes:
+        say(note)
     return Run(config, trainer, engine, corpora, data)
 
 
@@ -171,7 +176,7 @@ def assemble_step(
     data = task.open_data(corpora)
     start = task if weights_of is None else build_task(resolve_vocab_size(weights_of, corpora))
     engine = assemble_engine(config, task, mesh, device, start)
-    return _step_parts(config, task, data, wrap(engine) if wrap else engine, mesh, device)
+    return _step_parts(config, data, wrap(engine) if wrap else engine, mesh, device)
 
 
 def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
@@ -188,7 +193,6 @@ def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
 
 def _step_parts(
     config: Config,
-    task: Task,
     data: RunData,
     engine: Engine,
     mesh: ParallelMesh,
@@ -201,6 +205,7 @@ def _step_parts(
         train.micro_batch_size,
         mesh.dp_rank,
         mesh.dp_size,
+        vocab_size=config.model.vocab_size,
     )
     return StepParts(
         engine=engine,
@@ -208,7 +213,7 @@ def _step_parts(
         schedule=build_schedule(config),
         mesh=mesh,
         device=device,
-        tokens_per_sample=task.tokens_per_sample(),
+        ledger=Ledger(data.train, config.data.source_paths),
     )
 
 
@@ -367,17 +372,12 @@ def _callbacks(
         callbacks.append(ConsoleCallback(console, config.logging.log_interval))
     if config.logging.tensorboard:
         callbacks.append(TensorBoardCallback(output / "tensorboard"))
-    attachments = {
-        "config.yaml": dump_config(config).encode(),
-        **tokenizer_files(corpora.tokenizer),
-    }
-    constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
     callbacks.append(
         CheckpointCallback(
             manager,
             config.checkpoint.save_interval,
-            constants,
-            attachments,
+            run_constants(config, corpora),
+            run_attachments(config, corpora),
             config.checkpoint.keep_best,
             SaveRequests(output, config.checkpoint.save_minutes),
         )
