@@ -315,7 +315,7 @@ def test_did_you_mean_for_sections_and_top_level_names() -> None:
         ("model.family", "GPT", "gpt"),
         ("optimizer.name", "adam", "adamw"),
         ("schedule.name", "cosin", "cosine"),
-        ("precision.dtype", "fp61", "fp16"),
+        ("precision.dtype", "bf61", "bf16"),
         ("parallel.pipeline_schedule", "interleave", "interleaved"),
     ],
 )
