@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 import fsspec
 import xxhash
 
+from data_prep.byte_range import open_range
 from megascale.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -40,6 +41,8 @@ class InputFile:
         kind: how documents lie in it.
         path: its path in `filesystem`; empty where `text` is the content.
         text: the content itself, one document.
+        start, stop: bytes of the file that are meant, for a piece of a file that is not packed;
+            stop None: to its end.
     """
 
     name: str
@@ -47,9 +50,13 @@ class InputFile:
     filesystem: Any = None
     path: str = ""
     text: str = ""
+    start: int = 0
+    stop: int | None = None
 
     def open(self, decompress: bool = True) -> BinaryIO:
         """Open for reading bytes; `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way."""
+        if self.stop is not None:
+            return open_range(self.filesystem.open(self.path, "rb"), self.start, self.stop)
         return self.filesystem.open(self.path, "rb", compression="infer" if decompress else None)
 
 

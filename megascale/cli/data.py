@@ -1,21 +1,49 @@
-"""`megascale data which RUN`: what the steps of a run read."""
+"""`megascale data ...`: what the steps of a run read, and the commands of `python -m data_prep`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-
-app = typer.Typer(help="Look into datasets and into what runs read.", no_args_is_help=True)
 
 _SHOWN = 100  # characters of a sample's text in the plain form
 
 
+class WithDataPrep(typer.core.TyperGroup):
+    """A group that has the commands of data_prep beside its own.
+
+    They are imported when they are asked for: every other command starts without them.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, its own first."""
+        own = super().list_commands(ctx)
+        return [*own, *(name for name in self._data_prep() if name not in own)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Its own command of that name, else data_prep's."""
+        return super().get_command(ctx, cmd_name) or self._data_prep().get(cmd_name)
+
+    def _data_prep(self) -> dict[str, Any]:
+        from data_prep.app import app as data_prep_app
+
+        group = typer.main.get_command(data_prep_app)
+        assert isinstance(group, typer.core.TyperGroup)
+        return dict(group.commands)
+
+
+app = typer.Typer(
+    cls=WithDataPrep,
+    help="Prepare datasets, look into them and into what runs read.",
+    no_args_is_help=True,
+)
+
+
 @app.callback()
 def data() -> None:
-    """A group also while it has a single command."""
+    """A group, also with one command of its own."""
 
 
 @app.command()
