@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from data_prep.app import main
-
 if __name__ == "__main__":
+    # imported here: a worker process imports this module too, and needs no command line
+    from data_prep.app import main
+
     main()

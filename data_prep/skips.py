@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 _NAMED_PER_KIND = 3
@@ -21,6 +22,17 @@ class SkipReport:
         if len(named) < _NAMED_PER_KIND:
             named.append(where)
 
+    @classmethod
+    def merged(cls, reports: Iterable[SkipReport]) -> SkipReport:
+        """Several reports as one: counts added up, the first examples of each kind kept."""
+        whole = cls()
+        for report in reports:
+            for kind, count in report.counts.items():
+                whole.counts[kind] = whole.counts.get(kind, 0) + count
+                named = whole.examples.setdefault(kind, [])
+                named.extend(report.examples.get(kind, [])[: _NAMED_PER_KIND - len(named)])
+        return whole
+
     @property
     def total(self) -> int:
         """How many things were skipped."""
@@ -30,7 +42,7 @@ class SkipReport:
         """One line a kind, for people: `2 malformed json line: a.jsonl:7, a.jsonl:9`."""
         result = []
         for kind, count in sorted(self.counts.items()):
-            named = self.examples[kind]
+            named = self.examples.get(kind, [])
             more = ", ..." if count > len(named) else ""
             result.append(f"{count} {kind}: {', '.join(named)}{more}")
         return result

@@ -24,6 +24,7 @@ SCRIPTS = ("tools", "launch")  # our Python outside the two packages
 # Lowest first. A module imports from its own package and from lower layers.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("file_lock",),
     ("config",),
     ("models",),
     ("parallel",),
@@ -34,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-DATA_PREP_MAY_IMPORT = ("data", "errors")
+DATA_PREP_MAY_IMPORT = ("data", "errors", "file_lock")
 WITHOUT_DISTRIBUTED = ("models", "data", "optim", "config")
 UNPICKLERS = (
     *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"),

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import json
-import os
-import socket
 from pathlib import Path
-from typing import IO
 
 from megascale.checkpoint.storage import explain_write_errors
 from megascale.errors import UserError
+from megascale.file_lock import FileLock
 
 LOCK_NAME = ".run.lock"
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class RunLock:
     """Holds a local folder for one run until `release` or the end of the process.
-
-    The lock is flock(2)'s: the kernel drops it with the process that held it, however that ended,
-    so that a file left by a killed run locks nothing. Where a file system knows no locks (some
-    network mounts), the folder goes unlocked.
 
     Args:
         folder: an existing local folder.
@@ -33,48 +22,18 @@ class RunLock:
     """
 
     def __init__(self, folder: str) -> None:
-        self._path = Path(folder) / LOCK_NAME
-        self._stream: IO[str] | None = None
-        while self._stream is None:
-            with explain_write_errors(str(self._path)):
-                stream = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 (held)
-            self._take(stream)
-            # the one that held it before may have removed the file between open and flock
-            if _is_same_file(stream, self._path):
-                self._stream = stream
-            else:
-                stream.close()
-        self._stream.truncate(0)
-        self._stream.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-        self._stream.flush()
-
-    def _take(self, stream: IO[str]) -> None:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return
-            stream.seek(0)
-            holder = stream.read(200) or "unknown"
-            stream.close()
-            raise UserError(
-                f"another run is writing to {self._path.parent}: {holder}",
-                rule="two runs in one folder would overwrite each other's checkpoints",
-                remedy="wait for it or end it, or choose another run.output_dir",
-            ) from error
+        path = Path(folder) / LOCK_NAME
+        with explain_write_errors(str(path)):
+            self._lock = FileLock(path, lambda holder: _taken(path.parent, holder))
 
     def release(self) -> None:
         """Give the folder free; more than once does nothing."""
-        if self._stream is None:
-            return
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-        self._stream.close()
-        self._stream = None
+        self._lock.release()
 
 
-def _is_same_file(stream: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _taken(folder: Path, holder: str) -> UserError:
+    return UserError(
+        f"another run is writing to {folder}: {holder}",
+        rule="two runs in one folder would overwrite each other's checkpoints",
+        remedy="wait for it or end it, or choose another run.output_dir",
+    )

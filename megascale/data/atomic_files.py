@@ -28,17 +28,27 @@ _NOT_WRITABLE = (
 
 
 @contextmanager
-def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a full disk or a refused write under `path` into a `UserError` that names it."""
+def full_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a full disk under `path` into a `UserError` that names it."""
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise UserError(
-                f"no space to write {os.fspath(path)}: {error.strerror}",
-                rule="the output and its temporary copy must fit on the disk and in every quota",
-                remedy="free some space or choose another output path, then run the command again",
-            ) from error
+        if error.errno not in _DISK_FULL:
+            raise
+        raise UserError(
+            f"no space to write {os.fspath(path)}: {error.strerror}",
+            rule="the output and its temporary copy must fit on the disk and in every quota",
+            remedy="free some space or choose another output path, then run the command again",
+        ) from error
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """As `full_disk_errors`, and for a refused write too; nothing may be read in the block."""
+    try:
+        with full_disk_errors(path):
+            yield
+    except OSError as error:
         if error.errno in _NOT_WRITABLE:
             raise UserError(
                 f"cannot write {os.fspath(path)}: {error.strerror}",
@@ -107,13 +117,18 @@ def new_folder(path: Path, replaceable: Callable[[Path], bool]) -> Iterator[Path
         try:
             temporary.mkdir()
             yield temporary
-            _sync_tree(temporary)
-            _move_into_place(temporary, path, replaceable)
+            sync_tree(temporary)
+            move_into_place(temporary, path, replaceable)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into_place(temporary: Path, path: Path, replaceable: Callable[[Path], bool]) -> None:
+def move_into_place(temporary: Path, path: Path, replaceable: Callable[[Path], bool]) -> None:
+    """Give a finished folder its final name; see `new_folder`.
+
+    Raises:
+        UserError: `path` is taken and may not be replaced.
+    """
     previous = temporary.with_suffix(".old")
     if path.is_dir() and any(path.iterdir()) and replaceable(path):
         os.rename(path, previous)
@@ -134,7 +149,8 @@ def _move_into_place(temporary: Path, path: Path, replaceable: Callable[[Path], 
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to the disk."""
     for entry in sorted(folder.rglob("*"), reverse=True):
         fsync_path(entry)
     fsync_path(folder)
