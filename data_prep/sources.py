@@ -34,6 +34,7 @@ _KINDS: dict[str, FileKind] = {
     ".arrow": "arrow",
     ".bin": "tokens",
 }
+_SHARD_SUFFIX, _REPORT_NAME = ".jsonl.zst", "report.json"  # of shards of documents
 _HF_STATE = "state.json"  # of a dataset that was saved by Hugging Face's save_to_disk
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -142,7 +143,7 @@ def _named_files(item: str) -> list[InputFile]:
     if filesystem.isfile(path):
         paths = [path]
     elif filesystem.isdir(path):
-        paths = _folder_files(filesystem, path)
+        paths = _folder_files(filesystem, path.rstrip("/"))
     elif any(character in path for character in "*?["):
         paths = sorted(found for found in filesystem.glob(path) if filesystem.isfile(found))
     else:
@@ -163,11 +164,15 @@ def _hidden(path: str, folder: str) -> bool:
 def _folder_files(filesystem: Any, folder: str) -> list[str]:
     """The files of a folder that hold documents, in order.
 
-    Of Hugging Face datasets the data files that `state.json` lists, or all arrow files but the
-    caches of transforms; of token files the .bin, and nothing that lies beside them.
+    Of the folder that a step of ours wrote its shards; of Hugging Face datasets the data files
+    that `state.json` lists, or all arrow files but the caches of transforms; of token files the
+    .bin, and nothing that lies beside them.
     """
     found = [path for path in sorted(filesystem.find(folder)) if not _hidden(path, folder)]
     names = set(found)
+    own = [p for p in found if p.endswith(_SHARD_SUFFIX) and p.rpartition("/")[0] == folder]
+    if own and f"{folder}/{_REPORT_NAME}" in names:
+        return own
     tokens = [p for p in found if p.endswith(".bin") and p.removesuffix(".bin") + ".idx" in names]
     if tokens:
         return tokens
