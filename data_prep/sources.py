@@ -19,6 +19,7 @@ import fsspec
 import orjson
 import xxhash
 
+from data_prep.byte_range import open_range
 from data_prep.zstd_stream import open_zstd
 from megascale.errors import UserError
 
@@ -53,6 +54,8 @@ class InputFile:
         kind: how documents lie in it.
         path: its path in `filesystem`; empty where `text` is the content.
         text: the content itself, one document.
+        start, stop: bytes of the file that are meant, for a piece of a file that is not packed;
+            stop None: to its end.
     """
 
     name: str
@@ -60,9 +63,13 @@ class InputFile:
     filesystem: Any = None
     path: str = ""
     text: str = ""
+    start: int = 0
+    stop: int | None = None
 
     def open(self, decompress: bool = True) -> BinaryIO:
         """Open for reading bytes; `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way."""
+        if self.stop is not None:
+            return open_range(self.filesystem.open(self.path, "rb"), self.start, self.stop)
         if decompress and self.path.endswith(".zst"):
             return open_zstd(self.filesystem.open(self.path, "rb"))
         return self.filesystem.open(self.path, "rb", compression="infer" if decompress else None)

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from data_prep.documents import no_documents
+from data_prep.input_shards import cut_inputs
 from data_prep.progress import Advance
 from data_prep.read.formats import read_items
 from data_prep.read.options import FormatOptions, Item
@@ -71,7 +72,7 @@ class _Files:
 
     source: str
     root: str
-    files: list[InputFile]
+    files: tuple[InputFile, ...]
 
     def label(self, file: InputFile) -> str:
         """The file's name below the root, the same wherever the input lies."""
@@ -109,7 +110,7 @@ def _named_input(item: str) -> NamedInput:
 def prepare_read(inputs: Sequence[NamedInput], output: Path, options: ReadOptions) -> Step:
     """Find the files and deal them out to tasks.
 
-    A task is consecutive files of one source, together as large as a shard, or one larger file.
+    A task is consecutive files of one source, or a piece of a larger one: see `cut_inputs`.
 
     Raises:
         UserError: an input names nothing or cannot be used.
@@ -118,16 +119,14 @@ def prepare_read(inputs: Sequence[NamedInput], output: Path, options: ReadOption
     digest = xxhash.xxh3_128()
     for item in inputs:
         files = find_inputs([item.path])
-        sizes = []
         root = _common_folder(files)
         for file in files:
             size, version = _size_and_version(file)
-            sizes.append(size)
             name = file.name.removeprefix(root)
             digest.update(f"{item.name}\n{name}\n{file.kind}\n{size}\n{version}\n".encode())
-        for group, size in _grouped(files, sizes, options.shard_bytes):
-            name = f"shard_{len(tasks):05d}"
-            tasks.append(ShardTask(name, size, _Files(item.name, root, group)))
+        for task in cut_inputs(files, options.format.unit, options.shard_bytes):
+            name, content = f"shard_{len(tasks):05d}", _Files(item.name, root, task.content)
+            tasks.append(ShardTask(name, task.size, content))
     identity = {"inputs": digest.hexdigest(), "options": _recorded(options)}
     return Step("read", output, identity, tasks, _Read(options), _summary)
 
@@ -160,21 +159,6 @@ def _size_and_version(file: InputFile) -> tuple[int, str]:
         raise unreadable(file.name, error) from error
     version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), "")
     return int(info.get("size") or 0), version
-
-
-def _grouped(
-    files: Sequence[InputFile], sizes: Sequence[int], limit: int
-) -> Iterator[tuple[list[InputFile], int]]:
-    group: list[InputFile] = []
-    total = 0
-    for file, size in zip(files, sizes, strict=True):
-        if group and total + size > limit:
-            yield group, total
-            group, total = [], 0
-        group.append(file)
-        total += size
-    if group:
-        yield group, total
 
 
 @dataclass(frozen=True)
@@ -215,10 +199,8 @@ class _Read:
             label = content.label(file)
             for _, item in read_items([file], self.options.format, skips):
                 yield Document(item.text, _id(item, label), content.source, item.meta)
-            if file.kind == "inline":
-                advance(len(file.text))
-            else:
-                advance(int(file.filesystem.info(file.path).get("size") or 0))
+            if len(content.files) > 1:
+                advance(_size_and_version(file)[0])
 
 
 def _id(item: Item, label: str) -> str:

@@ -108,14 +108,44 @@ class TokenFileWriter:
                 self._lengths.append(len(sequence))
         self._document_indices.append(len(self._lengths))
 
+    def add_documents(
+        self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None
+    ) -> None:
+        """Append many documents at once, which costs far less than one by one.
+
+        Args:
+            tokens: (N,) ids of all sequences, back to back.
+            lengths: (S,) tokens of each sequence.
+            sequences: (D,) sequences of each document; None: each sequence is a document.
+        """
+        assert self._stream is not None, "add_documents outside of the `with` block"
+        assert int(lengths.sum()) == len(tokens)
+        if sequences is None:
+            sequences = np.ones(len(lengths), dtype=np.int64)
+        assert int(sequences.sum()) == len(lengths)
+        if lengths.size:
+            self._check_length(int(lengths.max()))
+        first = len(self._lengths)
+        with disk_errors(self._bin_path):
+            self._stream.write(self._in_dtype(tokens).data)
+        self._lengths.frombytes(lengths.astype(np.intc).tobytes())
+        ends = first + np.cumsum(sequences, dtype=np.int64)
+        self._document_indices.frombytes(ends.tobytes())
+
     def _stored(self, sequence: np.ndarray) -> np.ndarray:
         assert sequence.ndim == 1, "a sequence is a 1-D array"
-        if len(sequence) > _MAX_SEQUENCE_LENGTH:
+        self._check_length(len(sequence))
+        return self._in_dtype(sequence)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > _MAX_SEQUENCE_LENGTH:
             raise UserError(
-                f"a sequence of {len(sequence)} tokens for {self._bin_path}",
+                f"a sequence of {tokens} tokens for {self._bin_path}",
                 rule=f"the format holds at most {_MAX_SEQUENCE_LENGTH} tokens a sequence",
                 remedy="cut the document into several",
             )
+
+    def _in_dtype(self, sequence: np.ndarray) -> np.ndarray:
         if len(sequence) == 0:
             return sequence.astype(self.dtype)
         assert sequence.dtype.kind in "iu", "ids are integers"

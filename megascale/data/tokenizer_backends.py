@@ -46,6 +46,11 @@ class FastTokenizer(Tokenizer):
 
         return cls(tokenizers.Tokenizer.from_file(str(path)), eos_token)
 
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What the tokenizer.json says."""
+        return self._definition
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
