@@ -17,6 +17,7 @@ from data_prep.shard_runner import (
     RunOutcome,
     ShardTask,
     ShardWork,
+    Share,
     check_workers,
     finished_report,
     open_run,
@@ -59,16 +60,21 @@ class StepResult:
     already_done: bool = False
 
 
-def run_step(step: Step, workers: int, overwrite: bool = False) -> StepResult:
+def run_step(
+    step: Step, workers: int, overwrite: bool = False, share: Share | None = None
+) -> StepResult:
     """Make the step's output, or take up where an earlier run of it stopped.
 
     Raises:
         UserError: see `open_run` and `ShardRun.run`.
+        ShareDone: a share was asked for, and is done.
     """
     check_workers(workers)
     if report := finished_report(step.output, step.name, step.identity):
         return StepResult(report, already_done=True)
-    with open_run(step.output, step.name, step.identity, REPORT_NAME, overwrite) as run:
+    with open_run(
+        step.output, step.name, step.identity, REPORT_NAME, overwrite, share
+    ) as run:
         outcome = run.run(step.tasks, step.work, workers)
         more = step.summary(outcome)
         files = {

@@ -173,7 +173,7 @@ def imports_run_one_way(source: Source) -> Violations:
         if target is None or target in ("", "errors", source.part):
             continue
         if source.top == "data_prep" and target not in DATA_PREP_MAY_IMPORT:
-            allowed = " and ".join(f"megascale.{part}" for part in DATA_PREP_MAY_IMPORT)
+            allowed = ", ".join(f"megascale.{part}" for part in DATA_PREP_MAY_IMPORT)
             yield source.at(node, f"imports {name}; data_prep may import {allowed}")
         if source.top == "megascale" and not _may_import(source.part, target):
             yield source.at(node, f"imports {name}; {_layer_rule(source.part)}")
