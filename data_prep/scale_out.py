@@ -9,6 +9,9 @@ cannot be shared has the single task only. The shards, their markers and so the 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -40,6 +43,7 @@ class SlurmOptions:
     partition: str | None = None
     time: str = "04:00:00"
     memory_gb: int = 4
+    qos: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,17 @@ class PhaseTask:
     output: str
     phase: str
     shared: bool
-    overwrite: bool
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         """Run as task `rank` of `world_size`, in the form that datatrove calls."""
         recipe = load_recipe(Path(self.recipe), Path(self.output))
         share = Share(rank, world_size) if self.shared else None
-        run_as = RunAs(1, self.overwrite and not self.shared, share)
+        run_as = RunAs(1, share=share)
         if not self.phase:
             finish_report(recipe, run_as)
             return data
-        try:
+        with suppress(ShareDone):
             phase_by_name(recipe, self.phase).run(run_as)
-        except ShareDone:
-            pass
         return data
 
 
@@ -127,9 +128,9 @@ def make_executors(
     for phase in recipe.phases():
         for shared in (True, False) if phase.shared else (False,):
             name = _job_name(phase, shared)
-            task = PhaseTask(*paths, phase.name, shared, overwrite=False)
+            task = PhaseTask(*paths, phase.name, shared)
             last = make(task, name, tasks if shared else 1, workers, slurm, recipe, last)
-    report = PhaseTask(*paths, "", shared=False, overwrite=False)
+    report = PhaseTask(*paths, "", shared=False)
     return make(report, "report", 1, workers, slurm, recipe, last)
 
 
@@ -177,12 +178,24 @@ def _slurm(
         time=slurm.time,
         partition=slurm.partition,
         mem_per_cpu_gb=slurm.memory_gb,
+        qos=slurm.qos or "",
+        env_command=_environment(),
         job_name=name,
         logging_dir=os.path.abspath(recipe.output / LOGS / name),
         depends=depends,
         skip_completed=False,
         mail_type="NONE",
     )
+
+
+def _environment() -> str:
+    """Shell lines that give a task this process's Python, packages and working folder."""
+    root = Path(__file__).resolve().parents[1]
+    paths = {"PATH": os.path.dirname(sys.executable), "PYTHONPATH": str(root)}
+    lines = [f"cd {shlex.quote(os.getcwd())}"]
+    for name, path in paths.items():
+        lines.append(f"export {name}={shlex.quote(path)}${{{name}:+:${name}}}")
+    return "\n".join(lines)
 
 
 def _check_installed(executor: Executor, slurm: SlurmOptions) -> None:

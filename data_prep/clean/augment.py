@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,8 +68,10 @@ class Augment(BaseModel):
             word = pieces[index]
             if not word:
                 continue
-            if (known := synonyms.get(word.lower())) and chance.random() < self.synonym_rate:
-                word = _with_case_of(chance.choice(known), word)
+            core = word.strip(string.punctuation)
+            known = synonyms.get(core.lower())
+            if known and core and chance.random() < self.synonym_rate:
+                word = word.replace(core, _with_case_of(chance.choice(known), core), 1)
             if self.typo_rate and chance.random() < self.typo_rate:
                 at = chance.randrange(len(word))
                 word = word[:at] + chance.choice(_LETTERS) + word[at + 1 :]

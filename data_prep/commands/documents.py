@@ -218,6 +218,7 @@ def run_command(
     ] = None,
     time: Annotated[str, typer.Option("--time", help="Of a Slurm task.")] = "04:00:00",
     memory_gb: Annotated[int, typer.Option("--mem-gb", help="Of a Slurm task.")] = 4,
+    qos: Annotated[str | None, typer.Option("--qos", help="Of a Slurm task.")] = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -227,7 +228,7 @@ def run_command(
         print(f"{recipe} is right: {', '.join(step.name for step in loaded.steps)}")
         return
     if executor is not None:
-        slurm = SlurmOptions(partition, time, memory_gb)
+        slurm = SlurmOptions(partition, time, memory_gb, qos)
         run_on_datatrove(recipe, loaded, executor, tasks, _count(workers), slurm, overwrite)
         return
     report = run_recipe(loaded, RunAs(_count(workers), overwrite))
