@@ -71,7 +71,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.documents = self.text_bytes = 0
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
         compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
         self._stream = compressor.stream_writer(self._file, closefd=False)
 

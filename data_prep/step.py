@@ -72,9 +72,7 @@ def run_step(
     check_workers(workers)
     if report := finished_report(step.output, step.name, step.identity):
         return StepResult(report, already_done=True)
-    with open_run(
-        step.output, step.name, step.identity, REPORT_NAME, overwrite, share
-    ) as run:
+    with open_run(step.output, step.name, step.identity, REPORT_NAME, overwrite, share) as run:
         outcome = run.run(step.tasks, step.work, workers)
         more = step.summary(outcome)
         files = {

@@ -70,4 +70,4 @@ class ZstdReader(io.RawIOBase):
 
 def open_zstd(source: BinaryIO) -> BinaryIO:
     """A buffered `ZstdReader`: lines can be read from it."""
-    return io.BufferedReader(ZstdReader(source), buffer_size=1 << 18)  # type: ignore[return-value]
+    return io.BufferedReader(ZstdReader(source), buffer_size=1 << 18)

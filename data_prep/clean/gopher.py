@@ -73,12 +73,11 @@ class GopherRepetition(Filter):
     max_paragraph_fraction: float = Field(default=0.30, ge=0, le=1)
     max_line_characters: float = Field(default=0.20, ge=0, le=1)
     max_paragraph_characters: float = Field(default=0.20, ge=0, le=1)
-    max_top_ngram: dict[int, float] = {2: 0.20, 3: 0.18, 4: 0.16}
+    max_top_ngram: dict[int, float] = Field(default={2: 0.20, 3: 0.18, 4: 0.16})
     """By words in an n-gram: largest fraction of characters in the most frequent one."""
-    max_repeated_ngrams: dict[int, float] = {
-        **{5: 0.15, 6: 0.14, 7: 0.13},
-        **{8: 0.12, 9: 0.11, 10: 0.10},
-    }
+    max_repeated_ngrams: dict[int, float] = Field(
+        default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    )
     """By words in an n-gram: largest fraction of characters in all repeated ones."""
 
     def reason(self, view: TextView) -> str:

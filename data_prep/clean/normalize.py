@@ -79,7 +79,7 @@ class Normalize(Rule):
         if not unicodedata.is_normalized("NFC", text):
             text = unicodedata.normalize("NFC", text)
             counts["documents_not_nfc"] = 1
-        blank = re.compile(r"\n{%d,}" % (self.max_blank_lines + 2))
+        blank = re.compile(rf"\n{{{self.max_blank_lines + 2},}}")
         edits = [
             ("line_ends", _LINE_ENDS, "\n"),
             ("control_characters", _CONTROLS, ""),

@@ -69,8 +69,10 @@ def prepare_clean(source: Path, output: Path, options: CleanOptions) -> Step:
         UserError: the input holds no shards, or a rule cannot work.
     """
     check_apart(source, output)
-    for rule in (*options.chosen, *([options.augment] if options.augment else [])):
+    for rule in options.chosen:
         rule.check()
+    if options.augment:
+        options.augment.check()
     identity = {"input": shards_fingerprint(source), "options": options.recorded()}
     return Step(
         "clean", output, identity, tasks_of_shards(source), _Clean(options), _summary, REJECTED

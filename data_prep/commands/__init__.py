@@ -1,1 +1,1 @@
-"""Commands of data_prep that make shards of documents out of files, and recipes of several steps."""
+"""Commands of data_prep that make shards of documents, and recipes of several steps."""

@@ -65,7 +65,9 @@ def read_command(
     documents: Annotated[
         DocumentUnit, typer.Option("--documents", help="What one document is in a text file.")
     ] = DocumentUnit.FILE,
-    text_key: Annotated[str, typer.Option("--text-key", help="Key or column of the text.")] = "text",
+    text_key: Annotated[
+        str, typer.Option("--text-key", help="Key or column of the text.")
+    ] = "text",
     id_key: Annotated[str, typer.Option("--id-key", help="Key or column of its name.")] = "id",
     meta_keys: Annotated[
         list[str] | None, typer.Option("--meta-key", help="Key or column to keep as meta.")
@@ -150,7 +152,9 @@ def dedup_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Remove documents and lines that occurred before, in any shard."""
-    options = DedupOptions(exact, NearOptions(threshold, ngram, bins) if near else None, lines, min_line)
+    options = DedupOptions(
+        exact, NearOptions(threshold, ngram, bins) if near else None, lines, min_line
+    )
     run = DedupRun(keep_rejected, self_test, parse_size(memory, "--memory"))
     _tell(output, dedup(source, output, options, run, _count(workers), overwrite))
 

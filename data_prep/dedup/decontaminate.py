@@ -78,7 +78,7 @@ class DecontaminateOptions:
             raise UserError(
                 f"n-grams of {self.ngram} words, examples from {self.min_words} words on, "
                 f"{self.min_matches} matches, {self.max_pieces} pieces, window {self.window}",
-                rule="1 <= min_words <= ngram, matches and pieces are at least 1, window at least 0",
+                rule="1 <= min_words <= ngram; matches and pieces at least 1, window at least 0",
                 remedy="leave them out to take GPT-3's 13, 8, 1, 10 and 200",
             )
 
@@ -116,9 +116,7 @@ def prepare_decontaminate(
     }
     work = _Decontaminate(index, options)
     summary = partial(_summary, index, skips)
-    return Step(
-        "decontaminate", output, identity, tasks_of_shards(source), work, summary, REMOVED
-    )
+    return Step("decontaminate", output, identity, tasks_of_shards(source), work, summary, REMOVED)
 
 
 @dataclass(frozen=True)

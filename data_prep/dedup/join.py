@@ -174,9 +174,7 @@ class _Groups:
         """(m,) whether the two are in one group, or alike and so now in one."""
         joined = self.roots(first) == self.roots(second)
         apart = np.flatnonzero(~joined)
-        jaccard = estimate_jaccard(
-            self._signatures(first[apart]), self._signatures(second[apart])
-        )
+        jaccard = estimate_jaccard(self._signatures(first[apart]), self._signatures(second[apart]))
         self.compared += len(apart)
         alike = apart[jaccard >= self._threshold]
         self.alike += len(alike)

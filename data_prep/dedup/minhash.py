@@ -1,11 +1,11 @@
 """MinHash signatures of texts, and the bands by which alike ones are found.
 
-One-permutation hashing (Li, Owen, Zhang 2012, arXiv:1208.1259): every n-gram of words is hashed once;
-the high bits choose one of k bins, the low 32 bits compete for its minimum. Two texts agree in a
-bin that either fills with probability J, the Jaccard index of their sets of n-grams. For bands,
-where an empty bin must not count as agreement, empty bins borrow from others in an order that
-depends on the bin only (optimal densification: Shrivastava 2017, arXiv:1703.04664). To compare two
-texts the low 16 bits of each bin are kept (Li, Koenig 2010, arXiv:0910.3349).
+One-permutation hashing (Li, Owen, Zhang 2012, arXiv:1208.1259): every n-gram of words is hashed
+once; the high bits choose one of k bins, the low 32 bits compete for its minimum. Two texts agree
+in a bin that either fills with probability J, the Jaccard index of their sets of n-grams. For
+bands, where an empty bin must not count as agreement, empty bins borrow from others in an order
+that depends on the bin only (optimal densification: Shrivastava 2017, arXiv:1703.04664). To compare
+two texts the low 16 bits of each bin are kept (Li, Koenig 2010, arXiv:0910.3349).
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class Signer:
         texts = [text for text, _ in batch]
         names = self.source_names
         sources = [names.setdefault(source, len(names)) for _, source in batch]
-        found = {
+        found: dict[str, np.ndarray] = {
             "sizes": np.array([len(text) for text in texts], dtype=np.uint64),
             "sources": np.array(sources, dtype=np.uint32),
         }

@@ -1,9 +1,9 @@
 """Words of many texts and hashes of their n-grams, in whole arrays instead of word by word.
 
 A word is a run of ASCII letters and digits or of bytes over 0x7F; ASCII letters are lower-cased,
-every other byte separates. Chinese, Japanese and Korean characters and those beyond U+FFFF are words
-of their own, and so need no word breaker. The typographic punctuation of U+2000 to U+203F, the
-no-break space and the ideographic space, comma and full stop separate too.
+every other byte separates. Chinese, Japanese and Korean characters and those beyond U+FFFF begin
+words of their own, and so need no word breaker. The typographic punctuation of U+2000 to U+203F,
+the no-break space and the ideographic space, comma and full stop separate too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class ReadOptions:
         UserError: a size is not positive.
     """
 
-    format: FormatOptions = FormatOptions()
+    format: FormatOptions = field(default_factory=FormatOptions)
     shard_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_tokens(file: InputFile, options: FormatOptions, skips: SkipReport) -> I
     tokens.check_index()
     end = _end_id(tokenizer)
     bounds = [int(index) for index in tokens.document_indices]
-    for number, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
+    for number, (first, stop) in enumerate(itertools.pairwise(bounds), start=1):
         parts = [_sequence(tokens, index, end, tokenizer) for index in range(first, stop)]
         text = " ".join(part for part in parts if part)
         if text.strip():

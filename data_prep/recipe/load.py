@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.recipe.phases import Flow, NamedPhase
-from data_prep.recipe.problems import of_error, unknown_name
 from data_prep.recipe.problems import build as build_settings
+from data_prep.recipe.problems import of_error, unknown_name
 from data_prep.recipe.rules import one_entry
 from data_prep.recipe.settings import STEPS, StepSettings, TokenizeSettings
 from megascale.config.problems import ABSENT, ConfigError, Problem

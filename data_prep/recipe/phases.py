@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from data_prep.shard_runner import Share
 from data_prep.step import Step, StepResult, run_step
@@ -76,6 +76,3 @@ class Flow:
     root: Path
     documents: Path | None = None
     tokenizer: Path | None = None
-
-
-Report = dict[str, Any]

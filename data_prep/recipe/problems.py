@@ -65,7 +65,7 @@ def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> type[Base
         field = owner.model_fields.get(part) if isinstance(part, str) else None
         inner = _model_in(field.annotation) if field is not None else None
         owner = inner or owner
-    return owner  # type: ignore[no-any-return]
+    return owner
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

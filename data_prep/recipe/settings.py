@@ -67,7 +67,9 @@ class InputSettings(BaseModel):
 
 
 def _inputs(given: tuple[str | InputSettings, ...]) -> list[NamedInput]:
-    plain = [f"{item.name}={item.path}" if isinstance(item, InputSettings) else item for item in given]
+    plain = [
+        f"{item.name}={item.path}" if isinstance(item, InputSettings) else item for item in given
+    ]
     return named_inputs(plain)
 
 

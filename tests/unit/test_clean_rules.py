@@ -201,7 +201,10 @@ def test_length_symbols_and_word_list(tmp_path: Path) -> None:
         ("1-800-555-1234; 415.555.2671", "<PHONE>; <PHONE>"),
         ("ISBN 978-0-306-40615-7, 2024-10-11, 1234567890, +1 5 stay", None),
         ("key AKIAIOSFODNN7EXAMPLE.", "key <KEY>."),
-        ("ghp_" + "a1" * 18 + " and risk-free-thing-that-is-long stay", "<KEY> and risk-free-thing-that-is-long stay"),
+        (
+            "ghp_" + "a1" * 18 + " and risk-free-thing-that-is-long stay",
+            "<KEY> and risk-free-thing-that-is-long stay",
+        ),
         (
             "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----\nrest",
             "<KEY>\nrest",

@@ -54,7 +54,15 @@ def texts() -> list[str]:
     for name in ("argparse.py", "socket.py", "pydoc_data/topics.py"):
         content = (folder / name).read_text("utf-8")
         found += [content[at : at + 1500] for at in range(0, 60_000, 1500)]
-    hostile = ["", " ", "?!", "a", "Größe naïve\u00a0CAFÉ", "東京、大阪。abc def東", "x\u2014y\u3000z 🎉a🎉"]
+    hostile = [
+        "",
+        " ",
+        "?!",
+        "a",
+        "Größe naïve\u00a0CAFÉ",
+        "東京、大阪。abc def東",
+        "x\u2014y\u3000z 🎉a🎉",
+    ]
     return found + hostile
 
 
@@ -80,7 +88,9 @@ def test_words_and_ngrams_equal_their_definition(texts: list[str]) -> None:
 def test_batches_do_not_change_signatures(texts: list[str]) -> None:
     encoded = [text.encode() for text in texts]
     whole = make_signatures(encoded, 5, 64)
-    parts = np.concatenate([make_signatures(encoded[i : i + 7], 5, 64) for i in range(0, len(encoded), 7)])
+    parts = np.concatenate(
+        [make_signatures(encoded[i : i + 7], 5, 64) for i in range(0, len(encoded), 7)]
+    )
     assert np.array_equal(whole, parts)
     bands = choose_bands(0.8, 64)
     assert np.array_equal(band_keys(whole, bands)[3], band_keys(whole[3:4], bands)[0])
