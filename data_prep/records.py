@@ -22,7 +22,7 @@ from data_prep.zstd_stream import open_zstd
 from megascale.errors import UserError
 
 SHARD_SUFFIX = ".jsonl.zst"
-_LEVEL = 3
+_LEVEL = 1  # read once or twice and removed: 3 packs 10 % better, in more than twice the time
 _MAKE_AGAIN = "copy the folder again, or make it again with the step that wrote it"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.dedup.word_hashes import hash_words, mix, ngrams_of_texts
+from data_prep.dedup.word_hashes import MULTIPLIER, hash_words, mix, ngrams_of_texts
 
 EMPTY = np.uint32(0xFFFFFFFF)
 EMPTY_SHORT = np.uint16(0xFFFF)
@@ -64,12 +64,13 @@ def make_signatures(texts: Sequence[bytes], ngram: int, bins: int) -> np.ndarray
 
 def band_keys(signatures: np.ndarray, bands: Bands) -> np.ndarray:
     """(n, bands) uint64 keys: equal where all rows of a band agree; 0 for texts without words."""
-    filled = _densified(signatures)
-    used = filled[:, : bands.count * bands.rows].reshape(len(filled), bands.count, bands.rows)
+    filled = _densified(signatures, bands.count * bands.rows)
+    used = filled.reshape(len(filled), bands.count, bands.rows)
     keys = np.zeros((len(filled), bands.count), dtype=np.uint64)
     for row in range(bands.rows):
-        keys = mix(keys ^ used[:, :, row].astype(np.uint64))
-    keys |= np.uint64(1)
+        keys *= MULTIPLIER
+        keys += used[:, :, row]
+    keys = mix(keys) | np.uint64(1)
     keys[(signatures == EMPTY).all(axis=1)] = 0
     return keys
 
@@ -88,13 +89,13 @@ def estimate_jaccard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return agree.sum(axis=1) / np.maximum(filled.sum(axis=1), 1)
 
 
-def _densified(signatures: np.ndarray) -> np.ndarray:
-    """A copy in which empty bins hold the value of another bin, the same one in every text."""
-    result = signatures.copy()
-    rows = np.flatnonzero((signatures == EMPTY).any(axis=1) & (signatures != EMPTY).any(axis=1))
+def _densified(signatures: np.ndarray, count: int) -> np.ndarray:
+    """(n, count), the first bins; empty ones hold the value of another, the same in every text."""
+    result = signatures[:, :count].copy()
+    rows = np.flatnonzero((result == EMPTY).any(axis=1) & (signatures != EMPTY).any(axis=1))
     bins = signatures.shape[1]
     draws = mix(np.arange(1, _BORROWINGS * bins + 1, dtype=np.uint64)) % np.uint64(bins)
-    lenders = draws.astype(np.int64).reshape(_BORROWINGS, bins)
+    lenders = draws.astype(np.int64).reshape(_BORROWINGS, bins)[:, :count]
     for lender in lenders:
         if not rows.size:
             break
@@ -104,7 +105,7 @@ def _densified(signatures: np.ndarray) -> np.ndarray:
     if rows.size:  # texts of a handful of n-grams: each bin takes the next filled one
         filled = signatures[rows] != EMPTY
         places = np.where(np.tile(filled, 2), np.arange(2 * bins), 2 * bins)
-        following = np.minimum.accumulate(places[:, ::-1], axis=1)[:, ::-1][:, :bins] % bins
+        following = np.minimum.accumulate(places[:, ::-1], axis=1)[:, ::-1][:, :count] % bins
         borrowed = np.take_along_axis(signatures[rows], following, axis=1)
         result[rows] = np.where(result[rows] == EMPTY, borrowed, result[rows])
     return result

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _WORD = 8  # bytes that are hashed at once
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASKS = np.array([(1 << 8 * length) - 1 for length in range(_WORD + 1)], dtype=np.uint64)
@@ -103,7 +103,7 @@ def _hash_spans(content: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np
     offset = _WORD
     while rest.size:
         part = view[begins[rest] + offset] & _MASKS[np.minimum(lengths[rest] - offset, _WORD)]
-        hashes[rest] = mix(hashes[rest] * _MULTIPLIER + part)
+        hashes[rest] = mix(hashes[rest] * MULTIPLIER + part)
         offset += _WORD
         rest = rest[lengths[rest] > offset]
     return hashes
@@ -124,7 +124,7 @@ def hash_ngrams(words: np.ndarray, size: int) -> np.ndarray:
     count = max(0, len(words) - size + 1)
     result = words[:count].copy()
     for offset in range(1, size):
-        result *= _MULTIPLIER
+        result *= MULTIPLIER
         result += words[offset : offset + count]
     return mix(result)
 

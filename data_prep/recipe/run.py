@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from data_prep.recipe.load import Recipe
@@ -15,7 +14,6 @@ from megascale.data.atomic_files import disk_errors, write_file
 
 TABLE_NAME = "report.txt"
 _COLUMNS = ("documents", "kept", "tokens", "text_bytes")
-_RATE_COUNT = "documents"
 
 Announce = Callable[[str], None]
 
@@ -104,9 +102,3 @@ def step_lines(step: dict[str, Any]) -> list[str]:
 def phase_by_name(recipe: Recipe, name: str) -> NamedPhase:
     """A phase of a recipe."""
     return next(phase for phase in recipe.phases() if phase.name == name)
-
-
-def output_of(recipe: Recipe, step: str) -> Path | None:
-    """The folder that the last step of a name writes."""
-    numbers = [n for n, found in enumerate(recipe.steps, start=1) if found.name == step]
-    return recipe.output / f"{numbers[-1]:02d}_{step}" if numbers else None
