@@ -23,7 +23,7 @@ SCRIPTS = ("tools", "launch")  # our Python outside the two packages
 
 # Lowest first. A module imports from its own package and from lower layers.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "wide"),
     ("file_lock",),
     ("config",),
     ("models",),

@@ -182,8 +182,9 @@ class ScheduleConfig(Section):
 class PrecisionConfig(Section):
     """The arithmetic."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of forward and backward; the optimizer always keeps fp32 master weights."""
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Type of forward and backward; the optimizer keeps fp32 master weights, in fp64 fp64 ones (for
+    proofs: what differs there is no rounding)."""
     loss_scale: NonNegative = 0.0
     """Factor of the loss in fp16; 0: dynamic, halved at overflows and doubled in between."""
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=60)] = 16

@@ -67,6 +67,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "deepspeed",
+        "precision.dtype",
+        lambda config: config.precision.dtype == "fp64",
+        "DeepSpeed's partitions of weights and gradients are fp32 at most",
+    ),
+    Refusal(
+        "deepspeed",
         "optimizer.name",
         lambda config: config.optimizer.name in _PER_TENSOR,
         "LAMB, Adafactor and Muon look at whole tensors, DeepSpeed shows them flat shards of many "

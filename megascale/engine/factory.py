@@ -15,8 +15,14 @@ from megascale.engine.torch_engine import ReplicatedEngine, ShardedEngine
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
+from megascale.wide import wide_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 def build_engine(
@@ -45,6 +51,7 @@ def build_engine(
     device_type = next(module.parameters()).device.type
     require_allowed(config, device_type)
     dtype = DTYPES[config.precision.dtype]
+    module.to(wide_dtype(dtype))  # of the masters
     scaling = loss_scaling(config)
     stage = config.parallel.zero_stage
     if choose_engine(config, device_type) == "deepspeed":

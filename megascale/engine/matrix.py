@@ -60,6 +60,7 @@ def _rows() -> Iterator[Row]:
     for mode in ("selective", "full"):
         yield Row(f"recomputation {mode}", (f"parallel.activation_recomputation={mode}",))
     yield Row("bf16", ("precision.dtype=bf16",))
+    yield Row("fp64", ("precision.dtype=fp64",))
     yield Row("fp16 on CPU", ("precision.dtype=fp16", "run.device=cpu"))
     yield Row("fp16 on GPU", ("precision.dtype=fp16", "run.device=cuda"))
     for name in ("sgd", "lion", "lamb", "adafactor", "muon"):

@@ -19,6 +19,7 @@ from megascale.engine.protocol import MicroBatch
 from megascale.models.chunk import Chunk
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.pipeline import SCHEDULES, Action, PipelineLayout
+from megascale.wide import widen
 
 
 class Pipeline:
@@ -126,9 +127,9 @@ class Pipeline:
         hidden = None if chunk.is_first else received
         outputs = self._module(**self._batches[index], hidden=hidden, chunk=chunk)
         if not chunk.is_last:
-            return outputs
+            return outputs.contiguous()  # sent as it is; a sequence-parallel sum is transposed
         sums = outputs[0]
-        self._sums += sums.detach().float()
+        self._sums += widen(sums.detach())
         return (sums * self._scale).sum()
 
     def did(self, action: Action) -> None:

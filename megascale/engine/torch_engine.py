@@ -27,6 +27,7 @@ from megascale.parallel.gradient_reducer import GradientReducer
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
+from megascale.wide import wide_dtype, widen
 
 
 class TorchEngine:
@@ -50,6 +51,7 @@ class TorchEngine:
         self._mesh = mesh
         self._scaler = LossScaler(scaling)
         self._device = next(module.parameters()).device
+        self._sum_dtype = next(module.parameters()).dtype
         self._pipeline: Pipeline | None = None
         self._masters: dict[str, torch.Tensor] = {}
         self._optimizer: torch.optim.Optimizer
@@ -231,10 +233,10 @@ class ReplicatedEngine(TorchEngine):
     ) -> None:
         super().__init__(module, recipe, mesh, placements, scaling)
         self._params = dict(module.named_parameters())
-        if dtype == torch.float32:
+        if dtype == wide_dtype(dtype):
             masters = {name: p.detach() for name, p in self._params.items()}
         else:
-            masters = {name: p.detach().float() for name, p in self._params.items()}
+            masters = {name: widen(p.detach()) for name, p in self._params.items()}
             for param in self._params.values():
                 param.data = param.data.to(dtype)
         self._masters = {name: master.requires_grad_() for name, master in masters.items()}
@@ -248,7 +250,7 @@ class ReplicatedEngine(TorchEngine):
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
-        divisors = total_targets.to(self._device, torch.float32)
+        divisors = total_targets.to(self._device, self._sum_dtype)
         if self._pipeline is not None:
             scale = self._scaler.scale / divisors
             total = self._pipeline.run(micro_batches, scale, self._reducer.collect)
@@ -319,8 +321,8 @@ class ShardedEngine(TorchEngine):
         self._stage = stage
         data_mesh = mesh.data_mesh
         policy = MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype,
-            reduce_dtype=torch.float32,
+            param_dtype=None if dtype == wide_dtype(dtype) else dtype,
+            reduce_dtype=wide_dtype(dtype),
             cast_forward_inputs=False,
         )
         for block in blocks:
@@ -341,9 +343,8 @@ class ShardedEngine(TorchEngine):
         module = self.module
         assert isinstance(module, FSDPModule)
         # FSDP2 averages over the group; the loss is normalised by the global target count.
-        scale = (self._scaler.scale * self._mesh.data_size / total_targets).to(
-            self._device, torch.float32
-        )
+        divisors = total_targets.to(self._device, self._sum_dtype)
+        scale = self._scaler.scale * self._mesh.data_size / divisors
         if self._pipeline is not None:
             total = self._run_pipeline(self._pipeline, micro_batches, scale)
             self._sum_copies()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megascale.models.dropout import CounterDropout
 from megascale.models.rotary import Rotary, apply_rotary, rotary_tables
+from megascale.wide import widen
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ class CoreAttention(nn.Module):
         scores = query @ key.transpose(-1, -2) / root  # (B, H, T, T)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.float()
+        scores = widen(scores)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         probabilities = self.dropout(scores.softmax(dim=-1), keys)

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from megascale.wide import widen
+
 NormName = Literal["layernorm", "rmsnorm"]
 
 
@@ -20,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., D) -> (..., D), same dtype."""
-        wide = x.float()
+        wide = widen(x)
         scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(x.dtype)
 
@@ -39,9 +41,9 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., D) -> (..., D), same dtype."""
-        wide = x.float()
+        wide = widen(x)
         scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (scaled * (1.0 + self.offset.float())).to(x.dtype)
+        return (scaled * (1.0 + widen(self.offset))).to(x.dtype)
 
 
 def build_norm(

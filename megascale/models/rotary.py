@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megascale.wide import widen
+
 RopeScalingName = Literal["none", "linear", "llama3"]
 
 
@@ -79,7 +81,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     fp32; the others stay as they are; same dtype out.
     """
     width = 2 * cos.shape[-1]
-    first, second = x[..., :width].float().chunk(2, dim=-1)  # each (B, T, H, width/2)
+    first, second = widen(x[..., :width]).chunk(2, dim=-1)  # each (B, T, H, width/2)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     rotated = rotated.to(x.dtype)
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megascale.wide import widen
+
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -34,7 +36,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         z_loss: float,
     ) -> Tensor:
         share, vocab_size = smoothing
-        shifted = logits.float()
+        shifted = widen(logits)
         largest = shifted.amax(dim=-1)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         shifted = shifted - largest.unsqueeze(-1)
@@ -86,7 +88,7 @@ def vocab_parallel_argmax(logits: Tensor, *, first_id: int, group: dist.ProcessG
     Returns:
         (N,) int64; of several largest the smallest id.
     """
-    largest, local = logits.float().max(dim=-1)
+    largest, local = widen(logits).max(dim=-1)
     overall = largest.clone()
     dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
     ids = (local + first_id).masked_fill(largest < overall, torch.iinfo(torch.int64).max)

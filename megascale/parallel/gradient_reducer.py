@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from megascale.wide import wide_dtype
+
 BUCKET_ELEMENTS = 8 * 1024 * 1024
 
 
@@ -25,7 +27,7 @@ class _Bucket:
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
         self.params = params
         total = sum(p.numel() for p in params)
-        self.buffer = torch.zeros(total, dtype=torch.float32, device=params[0].device)
+        self.buffer = torch.zeros(total, dtype=wide_dtype(params[0].dtype), device=params[0].device)
         self.pending = 0
         self.work: dist.Work | None = None
 
@@ -70,8 +72,9 @@ class GradientReducer:
             bucket.buffer.zero_()
             bucket.work = None
             for param in bucket.params:
-                # fp32 parameters accumulate straight into the bucket; others are added by the hook
-                param.grad = self._main[param] if param.dtype == torch.float32 else None
+                # masters accumulate straight into the bucket; others are added by the hook
+                main = self._main[param]
+                param.grad = main if param.dtype == main.dtype else None
 
     def begin_backward(self, *, last: bool) -> None:
         """Announce the backward of a micro-batch; `last` starts the reduction."""
@@ -100,7 +103,7 @@ class GradientReducer:
             grad = param.grad
             if grad is not None and grad.data_ptr() != main.data_ptr():
                 main.add_(grad)
-                param.grad = main if param.dtype == torch.float32 else None
+                param.grad = main if param.dtype == main.dtype else None
 
     def reduce(self) -> None:
         """Sum all buckets over the group now, where no backward announced itself as the last."""
@@ -117,7 +120,7 @@ class GradientReducer:
             grad = param.grad
             if grad is not None and grad.data_ptr() != main.data_ptr():
                 main.add_(grad)
-                param.grad = main if param.dtype == torch.float32 else None
+                param.grad = main if param.dtype == main.dtype else None
             bucket.pending -= 1
             if self._reducing:
                 self._launch_ready()

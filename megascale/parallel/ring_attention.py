@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megascale.wide import wide_dtype, widen
+
 TILE = 1024
 """Most queries, and keys, of a tile: bounds the memory of scores that exist at a time."""
 
@@ -157,7 +159,7 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 def _scores(query: Tensor, key: Tensor, rows: _Span, columns: _Span, ring: Ring) -> Tensor:
     """(B, H_kv, G, R, C) fp32 scores of a tile, bounded by the soft-cap, not masked."""
     product = query[..., rows.local, :] @ key[:, :, None, columns.local, :].transpose(-1, -2)
-    scores = product.float() / ring.root
+    scores = widen(product) / ring.root
     return scores if ring.softcap is None else ring.softcap * torch.tanh(scores / ring.softcap)
 
 
@@ -179,7 +181,9 @@ class _Sums:
     """The online softmax of all local queries: m, l and o of the module's docstring."""
 
     def __init__(self, query: Tensor) -> None:
-        self.out = torch.zeros_like(query, dtype=torch.float32)  # (B, H_kv, G, T_local, K)
+        self.out = torch.zeros_like(
+            query, dtype=wide_dtype(query.dtype)
+        )  # (B, H_kv, G, T_local, K)
         self.total = self.out.new_zeros(query.shape[:-1])
         self.largest = self.out.new_full(query.shape[:-1], -math.inf)
 
@@ -221,9 +225,9 @@ class _RingAttention(torch.autograd.Function):
         ring, heads = ctx.ring, key.shape[1]
         queries, grads, log_total = (_grouped(t, heads) for t in (query, grad, log_total))
         # sum over keys of P dP, which the softmax's gradient takes off (arXiv:2307.08691)
-        inner = _grouped((out.float() * grad.float()).sum(-1), heads)
-        grad_query = torch.zeros_like(queries, dtype=torch.float32)
-        grad_kv = torch.zeros((2, *key.shape), dtype=torch.float32, device=key.device)
+        inner = _grouped((widen(out) * widen(grad)).sum(-1), heads)
+        grad_query = torch.zeros_like(queries, dtype=wide_dtype(queries.dtype))
+        grad_kv = torch.zeros((2, *key.shape), dtype=wide_dtype(key.dtype), device=key.device)
         arriving: _Pass | None = None
         for owner, (keys, values) in _rounds(torch.stack((key, value)), ring):
             part = torch.zeros_like(grad_kv)
@@ -268,14 +272,14 @@ class _Tile:
         grad = grads[..., rows.local, :]  # (B, H_kv, G, R, K)
         dropped = _drop(probabilities, rows, columns, ring).to(grad.dtype)
         # sums over the G queries of a key head
-        grad_kv[1, :, :, columns.local] += (dropped.transpose(-1, -2) @ grad).float().sum(2)
+        grad_kv[1, :, :, columns.local] += widen(dropped.transpose(-1, -2) @ grad).sum(2)
         value = values[:, :, None, columns.local]
-        grad_p = _drop((grad @ value.transpose(-1, -2)).float(), rows, columns, ring)
+        grad_p = _drop(widen(grad @ value.transpose(-1, -2)), rows, columns, ring)
         grad_s = probabilities * (grad_p - inner[..., rows.local].unsqueeze(-1))
         if ring.softcap is not None:
             grad_s = grad_s * (1 - (scores / ring.softcap).square())
         grad_s = (grad_s / ring.root).to(queries.dtype)
         grad_query[..., rows.local, :] += grad_s @ keys[:, :, None, columns.local]
-        grad_kv[0, :, :, columns.local] += (
-            (grad_s.transpose(-1, -2) @ queries[..., rows.local, :]).float().sum(2)
-        )
+        grad_kv[0, :, :, columns.local] += widen(
+            grad_s.transpose(-1, -2) @ queries[..., rows.local, :]
+        ).sum(2)

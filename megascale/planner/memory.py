@@ -10,7 +10,8 @@ the optimizer (arXiv:1910.02054, figure 1; Adam has k = 2):
     deepspeed 3         e (N/d + P)  4 N/d             4 k N/d   e N/d, and a buffer of e N
 
 P are the parameters that DeepSpeed keeps whole because they are small. The torch engine's shards
-are fp32 at every precision: what is gathered is rounded on the way. The functions below add each
+are fp32 at every precision: what is gathered is rounded on the way. With e = 8 (fp64, torch only)
+every 4 is an 8. The functions below add each
 engine's own padding, so that they are exact to the byte.
 """
 
@@ -66,15 +67,16 @@ def state_bytes(
         kept_whole: parameters of at most so many elements stay gathered in DeepSpeed's stage 3.
     """
     total = sum(map(math.prod, shapes))
+    wide = max(FP32, weight_bytes)
     if stage == 0:
-        masters = 0 if weight_bytes == FP32 else FP32 * total
+        masters = 0 if weight_bytes == wide else wide * total
         return StateBytes(
-            weight_bytes * total, masters, FP32 * num_states * total, gradients=FP32 * total
+            weight_bytes * total, masters, wide * num_states * total, gradients=wide * total
         )
     if engine == "torch":
-        held = FP32 * sum(-(-shape[0] // dp_size) * math.prod(shape[1:]) for shape in shapes)
+        held = wide * sum(-(-shape[0] // dp_size) * math.prod(shape[1:]) for shape in shapes)
         own = sum(_rows(shape[0], dp_size, dp_rank) * math.prod(shape[1:]) for shape in shapes)
-        return StateBytes(held, 0, FP32 * num_states * own, gradients=held)
+        return StateBytes(held, 0, wide * num_states * own, gradients=held)
     if stage < 3:
         part = -(-total // dp_size)
         # two groups of parameters, each aligned to 2 elements a rank

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.parallel.cross_entropy import vocab_parallel_cross_entropy, whole_vocabulary
+from megascale.wide import widen
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TokenLoss:
                 z_loss=z_loss,
                 vocab_size=self.part.vocab_size,
             )
-        flat = logits.float().flatten(0, -2)
+        flat = widen(logits).flatten(0, -2)
         total = F.cross_entropy(
             flat, targets, ignore_index=IGNORE_LABEL, reduction="sum", label_smoothing=smoothing
         )

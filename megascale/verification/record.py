@@ -24,6 +24,7 @@ from megascale.training.step import train_step
 from megascale.verification.collectives import CollectiveCounter
 from megascale.verification.outputs import OutputSums, pooled
 from megascale.verification.storages import live_bytes
+from megascale.wide import widen
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class RecordingEngine:
         for fragment in self._engine.fragments([kind], replicas=True):
             part = _describe(step, fragment, self._engine)
             self.parts.append(part)
-            self.tensors[part.key] = fragment.tensor.detach().float().cpu().clone()
+            self.tensors[part.key] = widen(fragment.tensor.detach()).cpu().clone()
 
 
 def _describe(step: int, fragment: Fragment, engine: Engine) -> Part:

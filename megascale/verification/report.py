@@ -19,6 +19,7 @@ class Row:
     Attributes:
         failure: the first failing rank's error when the layout's processes ended with one.
         sent, held: bytes of a step's collectives and of the state, see `RunRecord`.
+        exact: the same layout once more in fp64, where a small difference was to be settled.
     """
 
     layout: Layout
@@ -26,12 +27,29 @@ class Row:
     failure: str = ""
     sent: Mapping[str, int] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
+    exact: Row | None = None
 
     @property
     def agrees(self) -> bool:
-        """Whether everything is the same training."""
+        """Whether everything is the same training, to the last bit but rounding."""
         finished = not self.failure and bool(self.verdicts)
-        return finished and all(verdict.first is None for verdict in self.verdicts.values())
+        same = all(verdict.first is None for verdict in self.verdicts.values())
+        return finished and (same or self.is_rounding)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether what is off a little in fp32 is the same in fp64."""
+        return self.may_be_rounding and self.exact is not None and self.exact.agrees
+
+    @property
+    def may_be_rounding(self) -> bool:
+        """Whether something differs, and only by so little that fp64 should decide."""
+        verdicts = self.verdicts.values()
+        return (
+            not self.failure
+            and any(verdict.first is not None for verdict in verdicts)
+            and all(verdict.may_be_rounding for verdict in verdicts)
+        )
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -45,7 +63,8 @@ def table(rows: Sequence[Row]) -> Table:
         for variant, verdict in row.verdicts.items():
             numbers = (verdict.loss, verdict.norm, verdict.gradient, verdict.weight)
             shown = [f"{number:.1e}" for number in numbers]
-            agreed = "same" if verdict.first is None else "DIFFERS"
+            differs = "rounding" if row.is_rounding else "DIFFERS"
+            agreed = "same" if verdict.first is None else differs
             out.add_row(str(row.layout), variant, *shown, agreed)
     return out
 
@@ -66,7 +85,17 @@ def explain(row: Row) -> list[str]:
         )
         if first.line:
             lines.append(f"    plan line: {first.line}")
+    if row.exact is not None:
+        lines += [f"    {line}" for line in _explain_exact(row.exact)]
     return lines
+
+
+def _explain_exact(exact: Row) -> list[str]:
+    if not exact.agrees:
+        return ["in fp64, where rounding is 1e-16, it differs, too:", *explain(exact)]
+    verdicts = exact.verdicts.values()
+    sizes = (max(v.loss, v.norm, v.gradient, v.weight) for v in verdicts)
+    return [f"in fp64 nothing is more than {max(sizes):.1e} off: the above is rounding"]
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -76,6 +105,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "layout": str(row.layout),
             "agrees": row.agrees,
             "failure": row.failure,
+            "fp64": None if row.exact is None else as_json([row.exact])[0],
             "sent_bytes": dict(row.sent),
             "held_bytes": dict(row.held),
             "variants": {name: asdict(verdict) for name, verdict in row.verdicts.items()},

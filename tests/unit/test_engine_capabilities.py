@@ -59,6 +59,7 @@ DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
     [
         (DEEPSPEED + ZERO + "0", "with parallel.zero_stage as given"),
         (DEEPSPEED + FP16 + ZERO + "1 run.device=cpu", "is_fp16_supported"),
+        (DEEPSPEED + "precision.dtype=fp64 " + ZERO + "1", "fp32 at most"),
         (DEEPSPEED + "optimizer.name=lamb " + ZERO + "1", "flat shards"),
         (DEEPSPEED + "optimizer.name=muon " + ZERO + "1", "flat shards"),
         (TORCH + "optimizer.name=muon " + ZERO + "1", "whole matrix"),
