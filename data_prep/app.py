@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from data_prep.commands.documents import add_document_commands
+from data_prep.commands.documents import with_document_commands
+from data_prep.datasets.commands import with_dataset_commands
 from data_prep.documents import DocumentUnit
 from data_prep.encoders import Backend
 from data_prep.input_shards import parse_size
@@ -23,13 +24,15 @@ from data_prep.train_tokenizer import (
 )
 from megascale.errors import UserError
 
-app = add_document_commands(
-    typer.Typer(
-        name="data_prep",
-        help="From raw text to a dataset that megascale trains on.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        add_completion=False,
+app = with_document_commands(
+    with_dataset_commands(
+        typer.Typer(
+            name="data_prep",
+            help="From raw text to a dataset that megascale trains on.",
+            no_args_is_help=True,
+            pretty_exceptions_enable=False,
+            add_completion=False,
+        )
     )
 )
 

@@ -19,7 +19,7 @@ from megascale.errors import UserError
 
 _ONE_DOCUMENT_IN = 256
 _LONGEST_EXCERPT = 16_384  # characters
-_RANDOM_STRINGS = 1500
+_RANDOM_STRINGS = 800
 _SHOWN = 40
 _SURROGATES = range(0xD800, 0xE000)
 

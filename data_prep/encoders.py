@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.tiktoken_plan import is_installed, splits_before_words, tiktoken_fits, tiktoken_plan
+from data_prep.tiktoken_plan import is_installed, splits_before_words, tiktoken_plan
 from megascale.data.tokenizer import Tokenizer
 from megascale.data.tokenizer_backends import FastTokenizer, SentencePieceTokenizer
 from megascale.errors import UserError
@@ -152,9 +152,12 @@ def make_encoder(tokenizer: Tokenizer, backend: Backend) -> Encoder:
         UserError: that library cannot run this tokenizer, or is not installed.
     """
     if backend is Backend.AUTO:
-        fits = isinstance(tokenizer, FastTokenizer) and tiktoken_fits(tokenizer.definition)
-        fast = fits and is_installed("tiktoken")
-        return TiktokenEncoder(tokenizer) if fast else ReferenceEncoder(tokenizer)
+        if not isinstance(tokenizer, FastTokenizer) or not is_installed("tiktoken"):
+            return ReferenceEncoder(tokenizer)
+        try:
+            return TiktokenEncoder(tokenizer)
+        except UserError:  # it does not fit
+            return ReferenceEncoder(tokenizer)
     if backend is Backend.TIKTOKEN:
         return TiktokenEncoder(tokenizer)
     if backend is Backend.FASTOKENS:

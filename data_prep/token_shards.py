@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from megascale.data.token_file import TokenFileWriter, token_dtype
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
 
+LONGEST_SENTENCE = 256  # two of them and three special tokens nearly fill a sample of 512
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
 
@@ -48,6 +49,16 @@ class TokenizeShard:
     documents: DocumentUnit
     text_key: str
     sentence_limit: int | None = None
+
+    def prime(self, tokenizer: Tokenizer, encoder: Encoder) -> None:
+        """Give it what this process has loaded already; other processes load it themselves."""
+        self.__dict__.update(_tokenizer=tokenizer, _encoder=encoder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:

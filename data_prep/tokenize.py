@@ -7,27 +7,25 @@ again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.datasets.copying import save_tokenizer, shard_records
 from data_prep.documents import DocumentUnit, first_document_or_refuse, iterate_documents
 from data_prep.encoder_checks import EncoderCheck
 from data_prep.encoders import Backend, make_encoder
 from data_prep.input_shards import cut_inputs, default_shard_bytes
 from data_prep.outputs import may_replace
-from data_prep.shard_runner import ShardResult, Share, check_workers, open_run, tidy_output
+from data_prep.shard_runner import Share, check_workers, open_run, tidy_output
 from data_prep.skips import SkipReport
 from data_prep.sources import describe_source, find_inputs
-from data_prep.token_shards import TokenizeShard
+from data_prep.token_shards import LONGEST_SENTENCE, TokenizeShard
 from data_prep.worker_pool import available_cpus
-from megascale.data.manifest import MANIFEST_NAME, DatasetManifest, ShardRecord, TokenizerRecord
+from megascale.data.manifest import MANIFEST_NAME, DatasetManifest, TokenizerRecord
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
-
-_LONGEST_SENTENCE = 256  # two of them and three special tokens nearly fill a sample of 512
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class TokenizeOptions:
     @property
     def sentence_limit(self) -> int:
         """Largest number of tokens of a sentence."""
-        return self.max_sentence_tokens or _LONGEST_SENTENCE
+        return self.max_sentence_tokens or LONGEST_SENTENCE
 
     def recipe(self) -> dict[str, Any]:
         """As the manifest keeps it."""
@@ -157,16 +155,17 @@ def tokenize(
             text_key=options.text_key,
             sentence_limit=options.sentence_limit if options.bert else None,
         )
+        work.prime(tokenizer, encoder)
         outcome = run.run(tasks, work, workers)
         manifest = DatasetManifest(
             mode="bert" if options.bert else "gpt",
             tokenizer=record,
-            shards=[_shard_record(*item) for item in outcome.results.items() if item[1].files],
+            shards=shard_records(outcome.results),
             source=source,
             recipe=options.recipe(),
             skipped=outcome.skips.counts,
         )
-        _save_tokenizer(tokenizer, run.folder / record.folder)
+        save_tokenizer(tokenizer, run.folder / record.folder)
         manifest.save(run.folder)
         run.finish(outcome, {"backend": encoder.name, "fingerprint": manifest.fingerprint})
         return TokenizeSummary(manifest, outcome.skips, run.seconds, backend=encoder.name)
@@ -179,24 +178,6 @@ def _tokenizer_record(tokenizer: Tokenizer, options: TokenizeOptions) -> Tokeniz
         eod_id=None if options.bert else tokenizer.eod_id,
         special_ids=tokenizer.require_bert_tokens().ids if options.bert else {},
     )
-
-
-def _shard_record(name: str, result: ShardResult) -> ShardRecord:
-    binary, index = (result.files[f"{name}.{suffix}"] for suffix in ("bin", "idx"))
-    return ShardRecord(
-        prefix=name,
-        bin_bytes=binary.bytes,
-        idx_bytes=index.bytes,
-        bin_xxh3=binary.xxh3,
-        idx_xxh3=index.xxh3,
-        **result.counts,
-    )
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
-    folder.mkdir()
-    tokenizer.save(folder)
 
 
 def _finished_before(

@@ -49,8 +49,8 @@ KeepRejected = Annotated[
 ]
 
 
-def add_document_commands(app: typer.Typer) -> typer.Typer:
-    """Add the commands of this module to an app."""
+def with_document_commands(app: typer.Typer) -> typer.Typer:
+    """The app with the commands of this module."""
     app.command("read")(read_command)
     app.command("clean")(clean_command)
     app.command("dedup")(dedup_command)

@@ -76,7 +76,7 @@ class TokenCorpus:
                 remedy=f"give the prefix, for example {prefixes[0].with_suffix('')}",
             )
         manifest = DatasetManifest.load(folder)
-        shards = [TokenFile(folder / record.prefix) for record in manifest.shards]
+        shards = [TokenFile(record.path(folder)) for record in manifest.shards]
         for shard, record in zip(shards, manifest.shards, strict=True):
             found = (shard.num_documents, shard.num_tokens)
             if found != (record.documents, record.tokens):
@@ -96,6 +96,11 @@ class TokenCorpus:
     def num_documents(self) -> int:
         """Documents in all shards."""
         return sum(shard.num_documents for shard in self._shards)
+
+    @property
+    def token_files(self) -> tuple[TokenFile, ...]:
+        """The shards, in order."""
+        return tuple(self._shards)
 
     @functools.cached_property
     def document_starts(self) -> np.ndarray:

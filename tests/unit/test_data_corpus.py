@@ -117,7 +117,7 @@ def _change(folder: Path, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"version 2(.|\n)*newer"),
+        ({"version": 3}, r"version 3(.|\n)*newer"),
         ({"format": "x"}, "no dataset manifest"),
         ({"shards": []}, "shards"),
         ({"colour": "blue"}, "colour"),
