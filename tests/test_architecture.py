@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-DATA_PREP_MAY_IMPORT = ("data", "errors", "file_lock")
+DATA_PREP_MAY_IMPORT = ("data", "config", "errors", "file_lock")
 WITHOUT_DISTRIBUTED = ("models", "data", "optim", "config")
 UNPICKLERS = (
     *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"),
