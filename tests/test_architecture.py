@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-DATA_PREP_MAY_IMPORT = ("data", "errors", "file_lock")
+DATA_PREP_MAY_IMPORT = ("data", "config", "errors", "file_lock")
 WITHOUT_DISTRIBUTED = ("models", "data", "optim", "config")
 UNPICKLERS = (
     *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"),
@@ -174,7 +174,7 @@ def imports_run_one_way(source: Source) -> Violations:
         if target is None or target in ("", "errors", source.part):
             continue
         if source.top == "data_prep" and target not in DATA_PREP_MAY_IMPORT:
-            allowed = " and ".join(f"megascale.{part}" for part in DATA_PREP_MAY_IMPORT)
+            allowed = ", ".join(f"megascale.{part}" for part in DATA_PREP_MAY_IMPORT)
             yield source.at(node, f"imports {name}; data_prep may import {allowed}")
         if source.top == "megascale" and not _may_import(source.part, target):
             yield source.at(node, f"imports {name}; {_layer_rule(source.part)}")
