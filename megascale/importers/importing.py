@@ -196,7 +196,11 @@ def _write(
             FILE_BYTES,
         )
     ]
-    checkpoint, config_file = _commit(found, model, storage, files, tuple(sources), shapes)
+    try:
+        checkpoint, config_file = _commit(found, model, storage, files, tuple(sources), shapes)
+    except BaseException:  # a tensor that cannot be put together is found while it is written
+        storage.remove_folder("checkpoints")
+        raise
     report = Report(
         program=found.program,
         source=found.where,
