@@ -133,7 +133,7 @@ def _assemble(
         state, saved = load_state(reader, engine, mesh)
         say(f"resumed from {reader.storage.root} at step {state.step}")
     if initial is not None:
-        load_initial_weights(initial, engine)
+        state.updates = load_initial_weights(initial, engine, config.checkpoint.init_optimizer)
         say(f"initial weights from {initial.storage.root}")
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
