@@ -26,14 +26,17 @@ class RunLock:
     network mounts), the folder goes unlocked.
 
     Args:
-        folder: an existing local folder.
+        folder: a local folder; made when it is not there.
+        setting: which setting named it, for the refusal.
 
     Raises:
         UserError: another run holds it, or the folder cannot be written to.
     """
 
-    def __init__(self, folder: str) -> None:
-        self._path = Path(folder) / LOCK_NAME
+    def __init__(self, folder: str, setting: str = "run.output_dir") -> None:
+        self._path, self._setting = Path(folder) / LOCK_NAME, setting
+        with explain_write_errors(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self._stream: IO[str] | None = None
         while self._stream is None:
             with explain_write_errors(str(self._path)):
@@ -48,6 +51,11 @@ class RunLock:
         self._stream.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
         self._stream.flush()
 
+    @property
+    def folder(self) -> str:
+        """The folder that it holds."""
+        return str(self._path.parent)
+
     def _take(self, stream: IO[str]) -> None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +68,7 @@ class RunLock:
             raise UserError(
                 f"another run is writing to {self._path.parent}: {holder}",
                 rule="two runs in one folder would overwrite each other's checkpoints",
-                remedy="wait for it or end it, or choose another run.output_dir",
+                remedy=f"wait for it or end it, or choose another {self._setting}",
             ) from error
 
     def release(self) -> None:

@@ -138,7 +138,7 @@ class CheckpointManager(CheckpointFolder):
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
         storage, ranks: of `root` and of the run; by default new ones.
-        lock: the run's, which `close` releases.
+        locks: the run's, which `close` releases.
     """
 
     def __init__(
@@ -151,14 +151,14 @@ class CheckpointManager(CheckpointFolder):
         staging: str | None = None,
         storage: Storage | None = None,
         ranks: Ranks | None = None,
-        lock: RunLock | None = None,
+        locks: Iterable[RunLock] = (),
     ) -> None:
         super().__init__(root, storage)
         self._retention = Retention(keep_last, keep_every)
         self._asynchronous = asynchronous
         self._staging = CheckpointFolder(staging) if staging else None
         self._given_ranks = ranks
-        self._lock = lock
+        self._locks = list(locks)
         self._snapshot = Snapshot()
         self._task = BackgroundTask()
 
@@ -296,8 +296,8 @@ class CheckpointManager(CheckpointFolder):
     def close(self) -> None:
         """Wait for the background, whatever comes of it, and give the folder free."""
         self._task.abandon()
-        if self._lock is not None:
-            self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
 
 def open_intact(path: str) -> CheckpointReader:
