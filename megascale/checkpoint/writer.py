@@ -49,35 +49,53 @@ class Content:
     attachments: Mapping[str, bytes]
 
 
-def write_checkpoint(storage: Storage, name: str, content: Content, ranks: Ranks) -> None:
+def write_checkpoint(
+    storage: Storage,
+    name: str,
+    content: Content,
+    ranks: Ranks,
+    leaders: Sequence[int] | None = None,
+) -> None:
     """Write the checkpoint `name` below `storage`. Collective; all ranks return or raise together.
 
     On a local disk everything is written into a folder of another name and committed by one
     rename. An object store has no rename: there the manifest, written last, is the commit.
 
+    Args:
+        leaders: for each rank the one that makes and commits the folder on its disk, where
+            `storage` is on several; None: rank 0, for all.
+
     Raises:
         UserError: some rank could not write (disk full, no permission). What was complete before
             is untouched.
     """
-    rank = ranks.rank
+    rank, leaders = ranks.rank, leaders or [0] * ranks.size
+    leads, several = leaders[rank] == rank, any(leaders)
+    text: list[str] = []
     working = f"{WRITING_PREFIX}{name}" if storage.is_local else name
 
-    def commit(written: list[dict[str, Any]]) -> None:
+    def describe(written: list[dict[str, Any]]) -> str:
         if rank == 0:
             small = content.attachments.items()
             files = [_write_attachment(storage, working, *item) for item in small]
             manifest = _merge(written, files, content.step, content.state)
+            text.append(dump_manifest(manifest).decode())
+        return text[0] if rank == 0 and several else ""
+
+    def commit(described: str) -> None:
+        if leads:
             with storage.open_write(working, MANIFEST_NAME) as stream:
-                stream.write(dump_manifest(manifest))
+                stream.write((described or text[0]).encode())
             if working != name:
                 storage.commit_folder(working, name)
 
     try:
-        agree(ranks, lambda: _start_folder(storage, working) if rank == 0 else None)
+        agree(ranks, lambda: _start_folder(storage, working) if leads else None)
         rows = agree(ranks, lambda: _write_rank_file(storage, working, rank, content))
-        agree(ranks, lambda: commit(rows))
+        described = agree(ranks, lambda: describe(rows))[0]
+        agree(ranks, lambda: commit(described))
     except BaseException:
-        if rank == 0:
+        if leads:
             with contextlib.suppress(UserError, OSError):  # what came first is what is told
                 storage.remove_folder(working)
         raise

@@ -59,7 +59,8 @@ def load_initial_weights(
     Raises:
         UserError: moments are wanted that the checkpoint does not hold.
     """
-    kinds, updates = ("master",), 0
+    kinds: tuple[str, ...] = ("master",)
+    updates = 0
     if with_optimizer:
         kinds, updates = engine.state_kinds, _updates(reader, engine)
     with torch.no_grad():
