@@ -216,7 +216,8 @@ class CheckpointManager(CheckpointFolder):
         if self._asynchronous:
             owned = self._snapshot.take(owned)
         frozen = json.loads(json.dumps(state))
-        content = Content(step, owned, torch.get_rng_state(), frozen, dict(attachments))
+        random = torch.get_rng_state()
+        content = Content(step, owned, random, frozen, dict(attachments), self._asynchronous)
         kept = [] if keep is None else [keep]
         if self._asynchronous:
             self._task.start(lambda: self._write(content, kept))

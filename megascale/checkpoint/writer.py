@@ -24,7 +24,12 @@ from megascale.checkpoint.manifest import (
 )
 from megascale.checkpoint.ranks import Ranks, agree
 from megascale.checkpoint.storage import WRITING_PREFIX, Storage
-from megascale.checkpoint.tensor_file import TensorStream, write_streams, write_tensors
+from megascale.checkpoint.tensor_file import (
+    BACKGROUND_CHUNK,
+    TensorStream,
+    write_streams,
+    write_tensors,
+)
 from megascale.errors import UserError
 from megascale.parallel.fragment import Box, Fragment, whole_box
 
@@ -40,6 +45,7 @@ class Content:
         state: JSON values that are the same on all ranks (trainer, schedule, data position).
         attachments: small files to store beside the tensors (config, tokenizer), by path; only
             rank 0's are written.
+        in_background: whether training goes on in another thread meanwhile.
     """
 
     step: int
@@ -47,6 +53,7 @@ class Content:
     rng: torch.Tensor
     state: Mapping[str, Any]
     attachments: Mapping[str, bytes]
+    in_background: bool = False
 
 
 def write_checkpoint(
@@ -234,8 +241,9 @@ def _write_rank_file(storage: Storage, working: str, rank: int, content: Content
     tensors = {tensor_key(f.kind, f.name): f.tensor for f in content.fragments}
     assert len(tensors) == len(content.fragments), "a rank has one range of a parameter"
     tensors[RNG_KEY] = content.rng
+    chunk = {"chunk": BACKGROUND_CHUNK} if content.in_background else {}
     with storage.open_write(working, file) as stream:
-        size, digest = write_tensors(stream, tensors)
+        size, digest = write_tensors(stream, tensors, **chunk)
     pieces: dict[Any, dict[str, Any]] = {}
     for f in content.fragments:
         piece = pieces.setdefault(
