@@ -222,6 +222,7 @@ _IGNORED = (
         lambda keep_last: keep_last is not None,
         "keep_last lets the others go",
     ),
+    _ignored("checkpoint.init_optimizer", "checkpoint.init_from", bool, "init_from is given"),
 )
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")

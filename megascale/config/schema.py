@@ -350,6 +350,8 @@ class CheckpointConfig(Section):
     init_from: Text | None = None
     """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
     random initial weights."""
+    init_optimizer: bool = False
+    """Whether the optimizer's moments and its count of updates come from init_from, too."""
     keep_best: Text | None = None
     """Score of a validation, such as valid_loss or valid_masked_lm_accuracy, whose best checkpoint
     is saved and kept."""

@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 
 from megascale import __version__
-from megascale.checkpoint.lock import RunLock
 from megascale.checkpoint.manager import CheckpointManager
-from megascale.checkpoint.ranks import Ranks, agree, make_ranks
+from megascale.checkpoint.ranks import make_ranks
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.config.load import dump_config
 from megascale.config.schema import Config
@@ -62,6 +61,7 @@ from megascale.training.datasets import (
 )
 from megascale.training.hardware import peak_flops
 from megascale.training.initial_weights import load_initial_weights, open_initial_weights
+from megascale.training.output import open_output, run_manager
 from megascale.training.resume import load_state, require_same_data
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts
@@ -101,8 +101,7 @@ def assemble(
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
     ranks = make_ranks()
-    lock = _open_output(config, ranks)
-    manager = run_manager(config, ranks, lock)
+    manager = run_manager(config, ranks, open_output(config, ranks))
     try:
         return _assemble(config, corpora, mesh, device, manager, resume, say, console)
     except BaseException:
@@ -135,7 +134,7 @@ def _assemble(
         state, saved = load_state(reader, engine, mesh)
         say(f"resumed from {reader.storage.root} at step {state.step}")
     if initial is not None:
-        load_initial_weights(initial, engine)
+        state.updates = load_initial_weights(initial, engine, config.checkpoint.init_optimizer)
         say(f"initial weights from {initial.storage.root}")
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
@@ -434,48 +433,6 @@ def _find_checkpoint(
     if reader is None:
         say(f"--resume: no checkpoint in {manager.root} yet, starting from step 0")
     return reader
-
-
-def run_manager(
-    config: Config, ranks: Ranks | None = None, lock: RunLock | None = None
-) -> CheckpointManager:
-    """The checkpoints of the config's run."""
-    saving = config.checkpoint
-    return CheckpointManager(
-        saving.folder or f"{config.run.output_dir}/checkpoints",
-        saving.keep_last,
-        saving.keep_every,
-        asynchronous=saving.async_save,
-        staging=saving.staging_dir,
-        ranks=ranks,
-        lock=lock,
-    )
-
-
-def _open_output(config: Config, ranks: Ranks) -> RunLock | None:
-    """Create the run's folder and lock it, so that what cannot work is refused at once.
-
-    Returns:
-        The lock, on rank 0.
-    """
-    held: list[RunLock] = []
-
-    def open_it() -> None:
-        if ranks.rank:
-            return
-        output = Path(config.run.output_dir)
-        try:
-            (output / "logs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to run.output_dir {output}: {error.strerror}",
-                rule="a run needs a folder that it may write to",
-                remedy="choose another run.output_dir, or free space",
-            ) from error
-        held.append(RunLock(str(output)))
-
-    agree(ranks, open_it)
-    return held[0] if held else None
 
 
 def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], None]:

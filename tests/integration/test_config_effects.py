@@ -263,6 +263,7 @@ ROWS = (
     Row("checkpoint.async_save", True, ("console_saved",)),
     Row("checkpoint.staging_dir", "{folder}/staging", ("files",)),
     Row("checkpoint.init_from", "{weights}", ("losses",)),
+    Row("checkpoint.init_optimizer", True, ("losses",), {"checkpoint.init_from": "{weights}"}),
     Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),

@@ -384,6 +384,13 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_every=1000 checkpoint.keep_last=2",
         ),
     ],
+    "ignored:checkpoint.init_optimizer": [
+        Case(
+            "checkpoint.init_optimizer=true",
+            "checkpoint.init_optimizer",
+            "checkpoint.init_optimizer=true checkpoint.init_from=a",
+        ),
+    ],
     "something_is_pruned": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
