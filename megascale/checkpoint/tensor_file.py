@@ -39,7 +39,7 @@ _HASHED_CHUNK = 256 * 1024  # still in the processor's cache when it is written 
 BACKGROUND_CHUNK = 8 * 1024 * 1024
 """Bytes that a thread beside training hashes and writes at once.
 
-It holds the interpreter's lock between such calls only. Were they many, training would wait often
+It holds the interpreter's lock between such calls only. Were they many, training could wait often
 for a thread of low priority that holds the lock and is not running.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def works(state: dict[str, dict[str, torch.Tensor]], folder: Path) -> dict[str, 
         "zero_optimization": {"stage": 0},
         "wall_clock_breakdown": False,
     }
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
