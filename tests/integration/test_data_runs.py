@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -148,6 +149,19 @@ def test_which_on_the_command_line(trained: Trained) -> None:
     runs.write_config(new, {**trained.tree, "run": {"output_dir": str(trained.root / "new")}})
     message = runs.call("data", "which", new, "--step", 2, "--rank", 1).refusal()
     assert "--world-size" in message
+
+
+def test_ranks_of_one_replica_read_the_same(trained: Trained, tmp_path: Path) -> None:
+    """As the mesh lays ranks out: pp outermost, then dp, cp, tp."""
+    tree = {**trained.tree, "run": {"output_dir": str(tmp_path / "none")}}
+    tree["parallel"] = {f"{axis}_parallel_size": 2 for axis in ("pipeline", "context", "tensor")}
+    tree["train"] = {**tree["train"], "micro_batch_size": 1}
+    run = RunSamples(str(runs.write_config(tmp_path / "config.yaml", tree)))
+    shares = [[s.sample for s in run.of_step(2, rank, world_size=16)] for rank in range(16)]
+    places = itertools.product(range(2), repeat=4)  # pp, dp, cp, tp
+    assert shares == [[[4, 5], [6, 7]][dp] for _, dp, _, _ in places]
+    with pytest.raises(UserError, match="a multiple of"):
+        run.of_step(2, 0, world_size=12)
 
 
 def test_windows_are_told_by_their_documents(trained: Trained, tmp_path: Path) -> None:
