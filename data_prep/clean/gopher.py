@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.clean.rule import Filter, TextView
+from data_prep.dedup.word_hashes import KnownHashes
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _BULLETS = ("•", "‣", "◦", "●", "-", "*", "·")
@@ -107,9 +108,12 @@ class GopherRepetition(Filter):
         for size, limit in self.max_top_ngram.items():
             if len(words) > size and _top_ngram(ids, lengths, size) > limit:
                 return f"top_{size}_gram"
-        for size, limit in self.max_repeated_ngrams.items():
-            if len(words) > size and _repeated_ngrams(ids, lengths, size) > limit:
-                return f"repeated_{size}_grams"
+        everywhere: np.ndarray | None = None
+        for size, limit in sorted(self.max_repeated_ngrams.items()):
+            if len(words) > size:
+                fraction, everywhere = _repeated_ngrams(ids, lengths, size, everywhere)
+                if fraction > limit:
+                    return f"repeated_{size}_grams"
         return ""
 
 
@@ -125,34 +129,57 @@ def _repeated(parts: list[str]) -> tuple[float, float]:
     return count / max(len(parts), 1), characters / max(sum(map(len, parts)), 1)
 
 
-def _ngrams(ids: np.ndarray, size: int) -> np.ndarray:
-    """(W - size + 1,) a hash of each `size` consecutive words."""
-    count = len(ids) - size + 1
-    result = ids[:count].copy()
+def _ngrams(ids: np.ndarray, size: int, begins: np.ndarray | None = None) -> np.ndarray:
+    """A hash of `size` consecutive words from each of `begins` on; None: from every word on."""
+    if begins is None:
+        begins = np.arange(len(ids) - size + 1)
+    result = ids[begins]
     for offset in range(1, size):
-        result = result * _MULTIPLIER + ids[offset : offset + count]
+        result = result * _MULTIPLIER + ids[begins + offset]
     return result
 
 
 def _top_ngram(ids: np.ndarray, lengths: np.ndarray, size: int) -> float:
     """Fraction of the characters that is in the most frequent n-gram; the longest of several."""
     ngrams = _ngrams(ids, size)
-    _, first, counts = np.unique(ngrams, return_index=True, return_counts=True)
+    ordered = np.sort(ngrams)
+    ends = np.flatnonzero(np.concatenate((ordered[1:] != ordered[:-1], [True])))
+    counts = np.diff(ends, prepend=-1)
     most = int(counts.max())
     if most < 2:
         return 0.0
-    sums = np.convolve(lengths, np.ones(size, dtype=np.int64), "valid")
-    return most * int(sums[first[counts == most]].max()) / int(lengths.sum())
+    at = KnownHashes(ordered[ends[counts == most]]).positions(ngrams)
+    characters = sum(lengths[at + offset] for offset in range(size))
+    return most * int(np.max(characters)) / int(lengths.sum())
 
 
-def _repeated_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int) -> float:
-    """Fraction of the characters that is in n-grams which occurred before."""
-    ngrams = _ngrams(ids, size)
-    repeated = np.ones(len(ngrams), dtype=bool)
-    repeated[np.unique(ngrams, return_index=True)[1]] = False
+def _repeated_ngrams(
+    ids: np.ndarray, lengths: np.ndarray, size: int, begins: np.ndarray | None
+) -> tuple[float, np.ndarray]:
+    """Fraction of the characters that is in n-grams which occurred before.
+
+    Args:
+        begins: where a shorter n-gram begins that occurs more than once: a longer one that does
+            can begin nowhere else. None: not known.
+
+    Returns:
+        The fraction, and `begins` for the next size.
+    """
+    if begins is None:
+        ngrams = _ngrams(ids, size)
+        ordered = np.sort(ngrams)  # far cheaper than to sort positions, and few are repeated
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        begins = np.zeros(0, dtype=np.int64)
+        if repeated.size:
+            begins = KnownHashes(repeated).positions(ngrams)
+    begins = begins[begins + size <= len(ids)]
+    ngrams = _ngrams(ids, size, begins)
+    order = np.argsort(ngrams, kind="stable")
+    same = ngrams[order][1:] == ngrams[order][:-1]
+    later = begins[order[1:][same]]
+    several = np.union1d(later, begins[order[:-1][same]])
     steps = np.zeros(len(ids) + 1, dtype=np.int64)
-    begins = np.flatnonzero(repeated)
-    steps[begins] += 1
-    steps[begins + size] -= 1
+    steps[later] += 1
+    steps[later + size] -= 1
     covered = np.cumsum(steps[:-1]) > 0
-    return int(lengths[covered].sum()) / int(lengths.sum())
+    return int(lengths[covered].sum()) / int(lengths.sum()), several

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.dedup.word_hashes import hash_ngrams, hash_words
+from data_prep.dedup.word_hashes import KnownHashes, hash_ngrams, hash_words
 from megascale.errors import UserError
-
-_TABLE_BITS = 22
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,13 @@ class EvaluationIndex:
         set_names: the names of the sets.
         examples: examples of each set.
         too_short: examples of each set that are too short to be searched for.
-        sizes: words in an n-gram -> (hashes, sets, examples), (m,) arrays sorted by hash.
+        sizes: words in an n-gram -> (hashes, sets, examples), (m,) sorted by hash.
     """
 
     set_names: tuple[str, ...]
     examples: tuple[int, ...]
     too_short: tuple[int, ...]
-    sizes: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    sizes: dict[int, tuple[KnownHashes, np.ndarray, np.ndarray]]
 
     @classmethod
     def build(
@@ -88,9 +86,9 @@ class EvaluationIndex:
         words = hash_words(texts)
         places, entries, ends = [], [], []
         first_entry = 0
-        for size, (hashes, _, _) in self.sizes.items():
-            ngrams = hash_ngrams(words.hashes, size)
-            at = _members(ngrams, hashes)
+        for size, (known, _, _) in self.sizes.items():
+            hashes, ngrams = known.ordered, hash_ngrams(words.hashes, size)
+            at = known.positions(ngrams)
             owners = np.searchsorted(words.bounds, at, side="right") - 1
             at = at[at + size <= words.bounds[owners + 1]]  # not across the end of a text
             low = np.searchsorted(hashes, ngrams[at], side="left")
@@ -120,23 +118,10 @@ class EvaluationIndex:
 
 def _sorted(
     found: list[tuple[np.ndarray, int, int]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[KnownHashes, np.ndarray, np.ndarray]:
     counts = [len(hashes) for hashes, _, _ in found]
     hashes = np.concatenate([hashes for hashes, _, _ in found])
     sets = np.repeat(np.array([number for _, number, _ in found], dtype=np.int32), counts)
     examples = np.repeat(np.array([example for _, _, example in found], dtype=np.int64), counts)
     order = np.argsort(hashes, kind="stable")
-    return hashes[order], sets[order], examples[order]
-
-
-def _members(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Positions of the values that are in the sorted `known`.
-
-    A table over the high bits, small enough for the cache, rules out nearly all of them.
-    """
-    shift = np.uint64(64 - _TABLE_BITS)
-    table = np.zeros(1 << _TABLE_BITS, dtype=bool)
-    table[known >> shift] = True
-    possible = np.flatnonzero(table[values >> shift])
-    places = np.minimum(np.searchsorted(known, values[possible]), len(known) - 1)
-    return possible[known[places] == values[possible]]
+    return KnownHashes(hashes[order]), sets[order], examples[order]

@@ -17,6 +17,7 @@ _WORD = 8  # bytes that are hashed at once
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_MOST_TABLE_BITS, _TABLE_BITS_MORE = 22, 4
 _MASKS = np.array([(1 << 8 * length) - 1 for length in range(_WORD + 1)], dtype=np.uint64)
 
 
@@ -152,3 +153,24 @@ def ngrams_of_texts(words: Words, size: int) -> tuple[np.ndarray, np.ndarray]:
         left[begin] = size
     whole = left >= size
     return hashes[whole], owners[whole]
+
+
+class KnownHashes:
+    """Sorted uint64 hashes, not none, to find others among.
+
+    A table over the high bits, small enough for the cache, rules out nearly all that are not here.
+    """
+
+    def __init__(self, ordered: np.ndarray) -> None:
+        self.ordered = ordered
+        bits = min(_MOST_TABLE_BITS, len(ordered).bit_length() + _TABLE_BITS_MORE)
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, dtype=bool)
+        self._table[ordered >> self._shift] = True
+
+    def positions(self, values: np.ndarray) -> np.ndarray:
+        """(p,) positions of the values that are known, ascending."""
+        possible = np.flatnonzero(self._table[values >> self._shift])
+        places = np.searchsorted(self.ordered, values[possible])
+        places = np.minimum(places, len(self.ordered) - 1)
+        return possible[self.ordered[places] == values[possible]]
