@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.commands.documents import with_document_commands
 from data_prep.datasets.commands import with_dataset_commands
 from data_prep.documents import DocumentUnit
 from data_prep.encoders import Backend
@@ -23,13 +24,15 @@ from data_prep.train_tokenizer import (
 )
 from megascale.errors import UserError
 
-app = with_dataset_commands(
-    typer.Typer(
-        name="data_prep",
-        help="From raw text to a dataset that megascale trains on.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        add_completion=False,
+app = with_document_commands(
+    with_dataset_commands(
+        typer.Typer(
+            name="data_prep",
+            help="From raw text to a dataset that megascale trains on.",
+            no_args_is_help=True,
+            pretty_exceptions_enable=False,
+            add_completion=False,
+        )
     )
 )
 

@@ -18,7 +18,7 @@ from data_prep.encoder_checks import EncoderCheck
 from data_prep.encoders import Backend, make_encoder
 from data_prep.input_shards import cut_inputs, default_shard_bytes
 from data_prep.outputs import may_replace
-from data_prep.shard_runner import check_workers, open_run, tidy_output
+from data_prep.shard_runner import Share, check_workers, open_run, tidy_output
 from data_prep.skips import SkipReport
 from data_prep.sources import describe_source, find_inputs
 from data_prep.token_shards import LONGEST_SENTENCE, TokenizeShard
@@ -85,11 +85,13 @@ class RunOptions:
         workers: processes; None: one a processor.
         backend: what encodes.
         overwrite: replace another finished output, drop another unfinished one.
+        share: see `open_run`.
     """
 
     workers: int | None = None
     backend: Backend = Backend.AUTO
     overwrite: bool = False
+    share: Share | None = None
 
 
 @dataclass
@@ -136,7 +138,8 @@ def tokenize(
         "tokenizer": record.model_dump(),
         "options": options.recipe(),
     }
-    with open_run(output, "tokenize", identity, MANIFEST_NAME, run_options.overwrite) as run:
+    overwrite, share = run_options.overwrite, run_options.share
+    with open_run(output, "tokenize", identity, MANIFEST_NAME, overwrite, share) as run:
         # A look at the first document before anything is written.
         skips = SkipReport()
         documents = iterate_documents(files, options.documents, options.text_key, skips)

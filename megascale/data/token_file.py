@@ -242,8 +242,11 @@ class TokenFile:
         self.document_indices = np.frombuffer(index, "<i8", documents, offset)
         self._check_against_bin()
         empty = self.bin_path.stat().st_size == 0  # an empty file cannot be mapped
+        # A plain view: a slice of np.memmap runs Python code, and takes longer than its copy.
         self.tokens: np.ndarray = (
-            np.empty(0, self.dtype) if empty else np.memmap(self.bin_path, self.dtype, mode="r")
+            np.empty(0, self.dtype)
+            if empty
+            else np.memmap(self.bin_path, self.dtype, mode="r").view(np.ndarray)
         )
 
     @property
