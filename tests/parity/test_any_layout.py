@@ -274,6 +274,7 @@ def test_verify_resume(
     at = ("--at-step", AT_STEP, "--steps", 3 if changes else 2)
     done = call("verify", "resume", config, "--from", source, "--to", target, *at)
     assert done.code == 0, done.output
+    assert "that was meant" in done.stdout
     assert says in done.stdout.replace("\n", " ")
     assert "not bit-identical" not in done.stdout or source != target
 
