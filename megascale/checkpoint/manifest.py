@@ -58,7 +58,7 @@ class Manifest(_Strict):
     """Everything that a reader needs beside the tensor files."""
 
     format: Literal["megascale-checkpoint"] = "megascale-checkpoint"
-    version: int = FORMAT_VERSION
+    version: int = Field(default=FORMAT_VERSION, ge=1)
     written_by: str
     step: int = Field(ge=0)
     world_size: int = Field(ge=1)
@@ -108,7 +108,7 @@ def read_manifest(storage: Storage) -> Manifest:
     if reason:
         raise UserError(
             f"{where}: {reason}",
-            rule="pieces lie in their parameter and in a listed file, each element in one piece",
+            rule="pieces lie in their parameter and in a listed file, each weight in one piece",
             remedy="use another checkpoint; this manifest is damaged",
         )
     return manifest
@@ -188,6 +188,10 @@ def _illegal(manifest: Manifest) -> str:
     for (name, kind), boxes in held.items():
         if _overlap(boxes):
             return f"pieces of {kind} of {name!r} overlap"
+    for name, shape in manifest.parameters.items():
+        count = sum(piece.numel for box in held[name, "master"].values() for piece in box)
+        if count != math.prod(shape):
+            return f"the pieces of {name!r} hold {count} of its {math.prod(shape)} elements"
     return ""
 
 

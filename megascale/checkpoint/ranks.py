@@ -94,13 +94,18 @@ def agree(ranks: Ranks, action: Callable[[], Any]) -> list[Any]:
         UserError: what the first failing rank raised, with its number.
     """
     outcome: dict[str, Any]
+    mistake: Exception | None = None
     try:
         outcome = {"value": action()}
     except UserError as error:
         outcome = {"error": [error.what, error.rule, error.remedy]}
     except OSError as error:  # of a read; the others must not wait for this rank
         outcome = {"error": [f"{type(error).__name__}: {error}", "", "check the storage"]}
+    except Exception as error:  # ours; the others end too, and this rank shows where it happened
+        outcome, mistake = {"error": [f"{type(error).__name__}: {error}", "", ""]}, error
     outcomes = ranks.exchange(outcome)
+    if mistake is not None:
+        raise mistake
     for rank, other in enumerate(outcomes):
         if "error" in other:
             what, rule, remedy = other["error"]

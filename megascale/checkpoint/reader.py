@@ -156,9 +156,16 @@ class CheckpointReader:
             )
             yield block
 
-    def rng_state(self, rank: int) -> torch.Tensor:
-        """torch's CPU generator state that `rank` had when the checkpoint was written."""
-        return self._file(f"rank_{rank:05d}.safetensors").read(RNG_KEY)
+    def rng_state(self, rank: int) -> torch.Tensor | None:
+        """torch's CPU generator state that `rank` had when the checkpoint was written.
+
+        None where it has none: an import, or one that was dealt to another number of files.
+        """
+        path = f"rank_{rank:05d}.safetensors"
+        if all(entry.path != path for entry in self.manifest.files):
+            return None
+        file = self._file(path)
+        return file.read(RNG_KEY) if RNG_KEY in file.keys() else None  # noqa: SIM118
 
     def attachment(self, path: str) -> bytes:
         """Contents of a small file stored with the checkpoint."""

@@ -43,8 +43,9 @@ def reshard(reader: CheckpointReader, out: str, num_files: int) -> None:
                 deck[at].pieces.append((parameter, kind, whole_box(shape)))
                 filled[at] += deck[at].tensors[-1].bytes
     for rank, file in enumerate(deck):
-        if rank < reader.manifest.world_size and reader.manifest.world_size == num_files:
-            file.tensors.append(_constant(RNG_KEY, reader.rng_state(rank)))
+        random = reader.rng_state(rank) if reader.manifest.world_size == num_files else None
+        if random is not None:
+            file.tensors.append(_constant(RNG_KEY, random))
     attachments = {
         entry.path: reader.attachment(entry.path)
         for entry in reader.manifest.files

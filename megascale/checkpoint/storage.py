@@ -49,6 +49,24 @@ def explain_write_errors(path: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _explain_access(storage: Storage) -> Iterator[None]:
+    """Turn what a client of an object store raises, which is no OSError, into a user's error."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        if storage.is_local:
+            raise
+        raise UserError(
+            f"cannot reach {storage.url}: {type(error).__name__}: {error}",
+            rule="the server must answer, and know the keys",
+            remedy="set the variables of its client (for s3: AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), or choose another folder",
+        ) from error
+
+
 class _Stream:
     """A file being written that announces each write."""
 
@@ -99,7 +117,8 @@ class Storage:
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""
-        return self.fs.exists(self.path(*parts))
+        with _explain_access(self):
+            return self.fs.exists(self.path(*parts))
 
     def size(self, *parts: str) -> int:
         """Size of a file in bytes."""
@@ -114,9 +133,10 @@ class Storage:
 
     def folders(self) -> list[str]:
         """Names of the folders directly below the root, sorted; empty when it does not exist."""
-        if not self.fs.isdir(self.root):
-            return []
-        entries = self.fs.ls(self.root, detail=True)
+        with _explain_access(self):
+            if not self.fs.isdir(self.root):
+                return []
+            entries = self.fs.ls(self.root, detail=True)
         return sorted(
             entry["name"].rstrip("/").split("/")[-1]
             for entry in entries
@@ -125,7 +145,7 @@ class Storage:
 
     def make_folder(self, *parts: str) -> None:
         """Create a folder and its parents."""
-        with explain_write_errors(self.path(*parts)):
+        with _explain_access(self), explain_write_errors(self.path(*parts)):
             self._before("make", self.path(*parts))
             self.fs.makedirs(self.path(*parts), exist_ok=True)
 
@@ -151,7 +171,7 @@ class Storage:
     def open_write(self, *parts: str) -> Iterator[IO[bytes]]:
         """Open a file for writing; on a clean exit its bytes are on the device (fsync)."""
         path = self.path(*parts)
-        with explain_write_errors(path):
+        with _explain_access(self), explain_write_errors(path):
             self._before("write", path)
             opened: Any = open(path, "wb") if self.is_local else self.fs.open(path, "wb")  # noqa: SIM115
             with opened as stream:

@@ -11,7 +11,8 @@ import xxhash
 
 from megascale.checkpoint.manifest import MANIFEST_NAME, FileEntry, read_manifest
 from megascale.checkpoint.ranks import Ranks, agree
-from megascale.checkpoint.storage import WRITING_PREFIX, Storage
+from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.writer import working_name
 from megascale.errors import UserError
 
 _CHUNK = 4 * 1024 * 1024
@@ -35,7 +36,7 @@ def upload(
     Raises:
         UserError: a file cannot be read, has changed, or cannot be written.
     """
-    working = f"{WRITING_PREFIX}{name}" if target.is_local else name
+    working = working_name(target, name)
     first = min(holders.values()) if holders else 0
 
     def read() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -79,7 +79,7 @@ def write_checkpoint(
     rank, leaders = ranks.rank, leaders or [0] * ranks.size
     leads, several = leaders[rank] == rank, any(leaders)
     text: list[str] = []
-    working = f"{WRITING_PREFIX}{name}" if storage.is_local else name
+    working = working_name(storage, name)
 
     def describe(written: list[dict[str, Any]]) -> str:
         if rank == 0:
@@ -128,20 +128,34 @@ def write_weights(
         UserError: the folder cannot be written.
     """
     storage = Storage(root)
-    temporary = f"{WRITING_PREFIX}{name}"
-    try:
-        _start_folder(storage, temporary)
+    with _new_folder(storage, name) as working:
         written = [
-            _write_weight_file(storage, temporary, f"weights_{number:05d}.safetensors", group)
+            _write_weight_file(storage, working, f"weights_{number:05d}.safetensors", group)
             for number, group in enumerate(grouped_by_size(tensors, file_bytes))
         ]
-        files = [_write_attachment(storage, temporary, *item) for item in attachments.items()]
+        files = [_write_attachment(storage, working, *item) for item in attachments.items()]
         manifest = _merge(written, files, 0, state).model_copy(update={"world_size": 1})
-        with storage.open_write(temporary, MANIFEST_NAME) as stream:
+        with storage.open_write(working, MANIFEST_NAME) as stream:
             stream.write(dump_manifest(manifest))
-        storage.commit_folder(temporary, name)
+
+
+def working_name(storage: Storage, name: str) -> str:
+    """Name of the folder while it is written: its own where there is no rename."""
+    return f"{WRITING_PREFIX}{name}" if storage.is_local else name
+
+
+@contextlib.contextmanager
+def _new_folder(storage: Storage, name: str) -> Iterator[str]:
+    """A folder to write into, the manifest last; committed on a clean exit, else removed."""
+    working = working_name(storage, name)
+    try:
+        _start_folder(storage, working)
+        yield working
+        if working != name:
+            storage.commit_folder(working, name)
     except BaseException:
-        storage.remove_folder(temporary)
+        with contextlib.suppress(UserError, OSError):  # what came first is what is told
+            storage.remove_folder(working)
         raise
 
 
@@ -165,13 +179,12 @@ def write_streamed(
     Raises:
         UserError: the folder cannot be written.
     """
-    temporary = f"{WRITING_PREFIX}{name}"
-    try:
-        _start_folder(storage, temporary)
-        entries, pieces = [], []
+    entries: list[FileEntry] = []
+    pieces: list[Piece] = []
+    with _new_folder(storage, name) as working:
         for number, file in enumerate(files):
             path = f"rank_{number:05d}.safetensors"
-            with storage.open_write(temporary, path) as stream:
+            with storage.open_write(working, path) as stream:
                 size, digest = write_streams(stream, file.tensors)
             entries.append(FileEntry(path=path, bytes=size, xxh3_128=digest))
             for parameter, kind, box in file.pieces:
@@ -179,15 +192,10 @@ def write_streamed(
                 pieces.append(
                     Piece(file=path, name=parameter, kinds=(kind,), box=box, start=0, numel=numel)
                 )
-        entries += [_write_attachment(storage, temporary, *item) for item in attachments.items()]
+        entries += [_write_attachment(storage, working, *item) for item in attachments.items()]
         changes = {"world_size": len(files), "files": tuple(entries), "pieces": tuple(pieces)}
-        with storage.open_write(temporary, MANIFEST_NAME) as stream:
+        with storage.open_write(working, MANIFEST_NAME) as stream:
             stream.write(dump_manifest(like.model_copy(update=changes)))
-        storage.commit_folder(temporary, name)
-    except BaseException:
-        with contextlib.suppress(UserError, OSError):
-            storage.remove_folder(temporary)
-        raise
 
 
 def grouped_by_size(tensors: Iterable[TensorStream], limit: int) -> list[list[TensorStream]]:
@@ -204,11 +212,14 @@ def grouped_by_size(tensors: Iterable[TensorStream], limit: int) -> list[list[Te
 
 
 def _write_weight_file(
-    storage: Storage, temporary: str, file: str, tensors: list[TensorStream]
+    storage: Storage, working: str, file: str, tensors: list[TensorStream]
 ) -> dict[str, Any]:
     """Write one file of whole parameters; returns its rows of the manifest as JSON values."""
-    keyed = [replace(tensor, key=tensor_key("master", tensor.key)) for tensor in tensors]
-    with storage.open_write(temporary, file) as stream:
+    keyed = [
+        replace(each, key=tensor_key("master", each.key), shape=(math.prod(each.shape),))
+        for each in tensors
+    ]
+    with storage.open_write(working, file) as stream:
         size, digest = write_streams(stream, keyed)
     pieces = [
         {
@@ -259,11 +270,11 @@ def _write_rank_file(storage: Storage, working: str, rank: int, content: Content
     }
 
 
-def _write_attachment(storage: Storage, temporary: str, path: str, content: bytes) -> FileEntry:
+def _write_attachment(storage: Storage, working: str, path: str, content: bytes) -> FileEntry:
     parent = PurePosixPath(path).parent
     if str(parent) != ".":
-        storage.make_folder(temporary, str(parent))
-    with storage.open_write(temporary, path) as stream:
+        storage.make_folder(working, str(parent))
+    with storage.open_write(working, path) as stream:
         stream.write(content)
     digest = xxhash.xxh3_128_hexdigest(content)
     return FileEntry(path=path, bytes=len(content), xxh3_128=digest)

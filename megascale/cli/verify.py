@@ -139,14 +139,25 @@ def resume(
             code = launch_local(
                 [*arguments, "--folder", str(folder)], one.world_size, folder / "logs" / part
             )
-            if (code == 0) != (part != "killed"):
+            if not _ended_as_meant(part, code, folder):
                 console.print(f"the {part} run ended with code {code}")
                 raise typer.Exit(2)
+            if part == "killed":
+                console.print("that was meant: it was killed after its save")
         same = _report_resume(folder, origin == goal, checked[0].precision.dtype, console)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not same:
         raise typer.Exit(1)
+
+
+def _ended_as_meant(part: str, code: int, folder: Path) -> bool:
+    """Whether a part of `verify resume` came to its end: the killed one, to its save."""
+    from megascale.checkpoint.manager import CheckpointFolder
+
+    if part != "killed":
+        return code == 0
+    return code != 0 and bool(CheckpointFolder(str(folder / "checkpoints")).steps())
 
 
 def _one_layout(text: str) -> Layout:

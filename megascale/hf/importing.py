@@ -97,7 +97,7 @@ def import_model(
         attachments = {f"tokenizer/{name}": content for name, content in files.items()}
         attachments["config.yaml"] = dump_config(config).encode()
         write_weights(
-            storage.path("checkpoints"),
+            storage.location("checkpoints"),
             "step_00000000",
             tensors,
             {"imported_from": family.model_type, "drawn": list(match.drawn)},
@@ -106,13 +106,13 @@ def import_model(
         )
     finally:
         source.close()
-    checkpoint = storage.path("checkpoints", "step_00000000")
+    checkpoint = storage.location("checkpoints", "step_00000000")
     with storage.open_write("config.yaml") as stream:
         stream.write(config_text(config, checkpoint, storage, source.where).encode())
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     return Imported(
         checkpoint,
-        storage.path("config.yaml"),
+        storage.location("config.yaml"),
         family.model_type,
         total,
         match.drawn,
@@ -241,7 +241,7 @@ def config_text(config: Config, checkpoint: str, storage: Storage, where: str) -
     objective = {"sentence_objective": config.data.sentence_objective}
     objective = objective if config.data.sentence_objective != "none" else {}
     tree: dict[str, Any] = {
-        "run": {"output_dir": storage.path("run")},
+        "run": {"output_dir": storage.path("run") if storage.is_local else "run"},
         "model": model,
         **({"data": objective} if objective else {}),
         "checkpoint": {"init_from": checkpoint},
@@ -252,6 +252,6 @@ def config_text(config: Config, checkpoint: str, storage: Storage, where: str) -
     return (
         f"# {where} as a start for continued pretraining:\n"
         f"#   python -m data_prep tokenize{bert} --tokenizer {checkpoint}/tokenizer ...\n"
-        f"#   megascale train {storage.path('config.yaml')} data.path=...\n"
+        f"#   megascale train {storage.location('config.yaml')} data.path=...\n"
         f"# {free}model describes the weights.\n" + dump_yaml(tree)
     )

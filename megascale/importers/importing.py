@@ -145,6 +145,13 @@ def _described(model: str | None, path: str) -> _Model:
         model = str(near)
     if model.endswith((".yaml", ".yml")):
         given = load_config(model, [f"data.path={NO_DATA}"])
+        if given.model.vocab_size is None:
+            raise UserError(
+                f"{model}: model.vocab_size is not given",
+                rule="an import has no data whose tokenizer would tell it",
+                remedy="set model.vocab_size to the rows of the embedding; the config.yaml in a "
+                "run's checkpoint has it",
+            )
         config = _config(given.model.model_dump(), given.data.sentence_objective)
         return _Model(config, _own_names, {})
     values, tokenizer = read_model_folder(model)
@@ -241,13 +248,13 @@ def _commit(
         pieces=(),
         state={"imported_from": found.program, "updates": found.updates},
     )
-    folder = Storage(storage.path("checkpoints"))
+    folder = Storage(storage.location("checkpoints"))
     write_streamed(folder, step_name(found.step), files, manifest, attachments)
     checkpoint = folder.path(step_name(found.step))
     with storage.open_write("config.yaml") as stream:
         text = config_text(model.config, checkpoint, storage, found.where)
         stream.write(text.encode())
-    return checkpoint, storage.path("config.yaml")
+    return checkpoint, storage.location("config.yaml")
 
 
 def _file(kind: str, group: list[TensorStream], shapes: Mapping[str, Shape]) -> StreamedFile:

@@ -67,7 +67,9 @@ def load_state(
     engine.finish_load()
     engine.load_state_dict(saved["engine"])
     if reader.manifest.world_size == mesh.world_size:
-        torch.set_rng_state(reader.rng_state(mesh.rank))
+        random = reader.rng_state(mesh.rank)
+        if random is not None:
+            torch.set_rng_state(random)
     return state, saved["callbacks"]
 
 

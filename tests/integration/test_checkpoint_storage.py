@@ -142,3 +142,42 @@ def test_a_whole_run_with_checkpoints_on_s3(bucket: str, tmp_path: Path) -> None
 def test_a_url_that_nothing_serves_is_refused() -> None:
     with pytest.raises(UserError, match="cannot open nowhere://x"):
         CheckpointReader("nowhere://x")
+
+
+def test_an_import_to_s3_is_committed_by_its_manifest(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its final name, the manifest last: a rename would copy the files one by one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    changes: list[str] = []
+
+    def announced(root: str) -> Storage:
+        return Storage(root, lambda change, path: changes.append(f"{change} {path}"))
+
+    monkeypatch.setattr("megascale.checkpoint.writer.Storage", announced)
+    small = GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=2, n_positions=8)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "source")
+    out = f"{bucket}/imported"
+    done = runs.call("convert", "from-hf", tmp_path / "source", out)
+    assert done.code == 0, done.output
+    assert not [change for change in changes if change.startswith("rename")]
+    assert changes[-1] == "write checkpoints/imported/checkpoints/step_00000000/manifest.json"
+    reader = CheckpointReader(f"{out}/checkpoints/step_00000000")
+    assert reader.damage() is None
+    reader.close()
+    text = Storage(out).open_read("config.yaml").read().decode()
+    assert f"init_from: {out}/checkpoints/step_00000000" in text
+
+
+def test_a_server_that_does_not_know_us_is_a_users_mistake(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    refused = runs.call("checkpoint", "list", f"{bucket}/direct/run").refusal()
+    assert "NoCredentialsError" in refused

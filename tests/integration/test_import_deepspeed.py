@@ -167,6 +167,10 @@ def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> N
         assert not (tmp_path / "out").exists()
         return caught.value.what
 
+    unsized = tmp_path / "unsized.yaml"
+    unsized.write_text(dump_yaml({"model": {**MEGASCALE, "vocab_size": None}}))
+    with pytest.raises(UserError, match=r"model\.vocab_size is not given"):
+        import_deepspeed(str(folder), str(tmp_path / "out"), str(unsized), _shapes)
     second = step / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     second.rename(tmp_path / "kept")
     assert "1 of 2 *_optim_states.pt are there" in refusal()

@@ -285,9 +285,12 @@ def test_any_layout_is_read_into_any_other(
 
 def test_elements_that_no_piece_holds_are_refused(tmp_path: Path) -> None:
     _write(tmp_path, (4, 3), [(((0, 4), (0, 2)), 0, 8)], np.zeros(12, np.float32))
+    with pytest.raises(UserError, match=r"the pieces of 'w' hold 8 of its 12 elements"):
+        CheckpointReader(str(tmp_path))
+    _write(tmp_path, (4, 3), [(((0, 4), (0, 3)), 0, 12)], np.zeros(12, np.float32))
     reader = CheckpointReader(str(tmp_path))
-    with pytest.raises(UserError, match=r"(?s)w is incomplete.*12 elements.*hold 8"):
-        reader.fill(Fragment("w", "master", (4, 3), whole_box((4, 3)), 0, torch.zeros(12)))
+    with pytest.raises(UserError, match=r"(?s)exp_avg of w is incomplete.*12 elements.*hold 0"):
+        reader.fill(Fragment("w", "exp_avg", (4, 3), whole_box((4, 3)), 0, torch.zeros(12)))
     reader.close()
 
 
@@ -455,6 +458,8 @@ HOSTILE = {
     "a number of 400 digits": (_long_numbers, ""),
     "no list of files": (lambda content: content.update(files={}), "files"),
     "a step before the first": (lambda content: content.update(step=-1), "step"),
+    "version 0": (lambda content: content.update(version=0), "version"),
+    "a weight that no piece holds": (lambda content: content["pieces"].pop(), "8 of its 12"),
     "text for a number": (lambda content: content.update(step="3"), "step"),
     "a number that is none": (lambda content: content.update(step=float("nan")), ""),
 }
