@@ -334,6 +334,7 @@ def complete_shard(folder: Path, work: ShardWork, task: ShardTask, advance: Adva
 
     def count(done_bytes: int) -> None:
         nonlocal reported
+        done_bytes = min(done_bytes, task.size - reported)  # packed input gives more than its size
         reported += done_bytes
         advance(done_bytes)
 

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.progress import Advance
-from data_prep.shard_runner import RunOutcome, ShardResult, ShardTask, finished_report, open_run
+from data_prep.shard_runner import (
+    RunOutcome,
+    ShardResult,
+    ShardTask,
+    complete_shard,
+    finished_report,
+    open_run,
+)
 from megascale.errors import UserError
 from megascale.file_lock import FileLock
 
@@ -139,6 +146,18 @@ def test_a_run_without_a_finished_shard_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--workers 0"):
         make(tmp_path / "out", Copy(), workers=0)
+
+
+def test_a_packed_shard_does_not_count_more_than_its_size(tmp_path: Path) -> None:
+    def work(task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
+        for _ in range(3):
+            advance(task.size - 4)  # bytes of text, of which packed input has more
+        return ShardResult()
+
+    (tmp_path / ".done").mkdir()
+    steps: list[int] = []
+    complete_shard(tmp_path, work, TASKS[0], steps.append)
+    assert steps == [6, 4, 0, 0]
 
 
 def test_two_processes_on_one_output(tmp_path: Path) -> None:
