@@ -272,9 +272,9 @@ def open_run(
             has another identity.
     """
     output = Path(os.path.abspath(output))
-    check_output_folder(output, marker, overwrite)
+    check_output_folder(output, marker, overwrite, step)
     run = ShardRun(
-        output, step, identity, lambda path: overwrite and may_replace(path, marker), share
+        output, step, identity, lambda path: overwrite and may_replace(path, marker, step), share
     )
     if share:
         _join_run(run)

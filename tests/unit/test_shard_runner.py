@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from megascale.errors import UserError
 from megascale.file_lock import FileLock
 
 TASKS = [ShardTask(f"part_{number}", 10 + number, f"text {number}") for number in range(5)]
-MARKER = "result.json"
+MARKER = "report.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ def make(
 ) -> RunOutcome:
     with open_run(output, "copy", {"options": {"a": option}}, MARKER, overwrite) as run:
         outcome = run.run(TASKS, work, workers)
-        (run.folder / MARKER).write_text(json.dumps(list(outcome.results)))
         run.finish(outcome)
     return outcome
 
@@ -78,7 +78,7 @@ def test_workers_change_nothing_and_the_report_adds_up(tmp_path: Path) -> None:
     make(tmp_path / "one", Copy(), workers=1)
     outcome = make(tmp_path / "two", Copy(), workers=2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert set(files(tmp_path / "one")) == {MARKER, *(f"{task.name}.txt" for task in TASKS)}
+    assert set(files(tmp_path / "one")) == {f"{task.name}.txt" for task in TASKS}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     assert list(outcome.results) == [task.name for task in TASKS]
     record = outcome.results["part_3"].files["part_3.txt"]
@@ -146,6 +146,30 @@ def test_a_run_without_a_finished_shard_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--workers 0"):
         make(tmp_path / "out", Copy(), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.json", {"mine": 1}),
+        ("report.json", {"format": "megascale-report", "version": 1, "step": "other"}),
+        ("manifest.json", {"format": "megascale-checkpoint"}),
+    ],
+)
+def test_overwrite_replaces_outputs_of_the_step_only(
+    tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    theirs = tmp_path / "out"
+    theirs.mkdir()
+    (theirs / name).write_text(json.dumps(content, indent=2))
+    (theirs / "thesis.txt").write_text("years of work")
+    run = open_run(theirs, "copy", {}, name, overwrite=True)
+    with pytest.raises(UserError, match="not an output of this command"), run:
+        pass
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+    (theirs / name).unlink()
+    make(tmp_path / "ours", Copy())
+    assert make(tmp_path / "ours", Copy(), overwrite=True, option=2).made
 
 
 def test_a_packed_shard_does_not_count_more_than_its_size(tmp_path: Path) -> None:
