@@ -272,9 +272,9 @@ def open_run(
             has another identity.
     """
     output = Path(os.path.abspath(output))
-    check_output_folder(output, marker, overwrite)
+    check_output_folder(output, marker, overwrite, step)
     run = ShardRun(
-        output, step, identity, lambda path: overwrite and may_replace(path, marker), share
+        output, step, identity, lambda path: overwrite and may_replace(path, marker, step), share
     )
     if share:
         _join_run(run)
@@ -334,6 +334,7 @@ def complete_shard(folder: Path, work: ShardWork, task: ShardTask, advance: Adva
 
     def count(done_bytes: int) -> None:
         nonlocal reported
+        done_bytes = min(done_bytes, task.size - reported)  # packed input gives more than its size
         reported += done_bytes
         advance(done_bytes)
 

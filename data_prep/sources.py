@@ -147,14 +147,16 @@ def _named_files(item: str) -> list[InputFile]:
             rule="paths are opened through fsspec",
             remedy="install the package it names, or copy the files to this machine",
         ) from error
-    if filesystem.isfile(path):
-        paths = [path]
-    elif filesystem.isdir(path):
-        paths = _folder_files(filesystem, path.rstrip("/"))
-    elif any(character in path for character in "*?["):
-        paths = sorted(found for found in filesystem.glob(path) if filesystem.isfile(found))
-    else:
-        raise _missing_input(item)
+    try:
+        paths = _matching_files(filesystem, path, item)
+    except UserError:
+        raise
+    except Exception as error:  # every remote file system has errors of its own
+        raise UserError(
+            f"--input {item} cannot be looked at: {error!r}",
+            rule="an input lies where this process may list and read it",
+            remedy="check the address, the network and the credentials of that file system",
+        ) from error
     if not paths:
         raise UserError(
             f"--input {item} names no file",
@@ -162,6 +164,16 @@ def _named_files(item: str) -> list[InputFile]:
             remedy="check the path; put a glob in quotes",
         )
     return [InputFile(found, _kind(found), filesystem, found) for found in paths]
+
+
+def _matching_files(filesystem: Any, path: str, item: str) -> list[str]:
+    if filesystem.isfile(path):
+        return [path]
+    if filesystem.isdir(path):
+        return _folder_files(filesystem, path.rstrip("/"))
+    if any(character in path for character in "*?["):
+        return sorted(found for found in filesystem.glob(path) if filesystem.isfile(found))
+    raise _missing_input(item)
 
 
 def _hidden(path: str, folder: str) -> bool:

@@ -159,6 +159,12 @@ def _serve(connection: Connection, work: Work) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A parent that was killed is gone from the pipe a moment before this process ends with it.
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _work_off(connection, work)
+
+
+def _work_off(connection: Connection, work: Work) -> None:
     advance = _reporter(connection)
     while (task := connection.recv()) is not None:
         try:

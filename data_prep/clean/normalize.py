@@ -75,10 +75,8 @@ class Normalize(Rule):
 
     def apply(self, view: TextView) -> Outcome:
         """Bring a text into the one form."""
-        text, counts = view.text, {}
-        if not unicodedata.is_normalized("NFC", text):
-            text = unicodedata.normalize("NFC", text)
-            counts["documents_not_nfc"] = 1
+        text = view.text
+        counts: dict[str, int] = {}
         blank = re.compile(rf"\n{{{self.max_blank_lines + 2},}}")
         edits = [
             ("line_ends", _LINE_ENDS, "\n"),
@@ -93,6 +91,10 @@ class Normalize(Rule):
             text, found = pattern.subn(replacement, text)
             if found:
                 counts[kind] = found
+        # Last: a letter and its accent may have had a character between them that is gone now.
+        if not unicodedata.is_normalized("NFC", text):
+            text = unicodedata.normalize("NFC", text)
+            counts["documents_not_nfc"] = 1
         stripped = text.strip("\n")
         if len(stripped) < len(text):
             counts["blank_lines"] = counts.get("blank_lines", 0) + 1

@@ -61,6 +61,8 @@ def test_normalize() -> None:
     again = Normalize().apply(TextView(outcome.text))
     assert (again.text, again.counts) == (outcome.text, {})
     assert Normalize(collapse_spaces=True).apply(TextView("  a   b")).text == "  a b"
+    accent = Normalize().apply(TextView("cafe\u200b\u0301"))  # NFC after the space between is gone
+    assert accent.text == "caf\u00e9"
     code = "def f(x):\n\tif x:\n\t    return 1\n\u200dक्\u200dष"  # indentation and joiners stay
     assert Normalize().apply(TextView(code)).text == code
 

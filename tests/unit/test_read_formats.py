@@ -227,6 +227,15 @@ def _further(name: str, count: int) -> list[str]:
     return [f"{name}_{number:05d}" for number in range(1, count + 1)]
 
 
+def test_a_file_system_that_refuses_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> bool:
+        raise RuntimeError("Unable to locate credentials")  # s3fs lets such errors through
+
+    monkeypatch.setattr(memory, "isfile", refuse)
+    with pytest.raises(UserError, match=r"memory://in cannot be looked at.*locate credentials"):
+        find_inputs(["memory://in"])
+
+
 def test_shards_of_documents_are_whole_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard_00000.jsonl.zst"
     documents = [Document("a\nb", "1", "s"), Document("ö" * 3, "2", "s", {"k": [1]})]

@@ -8,16 +8,24 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.progress import Advance
-from data_prep.shard_runner import RunOutcome, ShardResult, ShardTask, finished_report, open_run
+from data_prep.shard_runner import (
+    RunOutcome,
+    ShardResult,
+    ShardTask,
+    complete_shard,
+    finished_report,
+    open_run,
+)
 from megascale.errors import UserError
 from megascale.file_lock import FileLock
 
 TASKS = [ShardTask(f"part_{number}", 10 + number, f"text {number}") for number in range(5)]
-MARKER = "result.json"
+MARKER = "report.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,6 @@ def make(
 ) -> RunOutcome:
     with open_run(output, "copy", {"options": {"a": option}}, MARKER, overwrite) as run:
         outcome = run.run(TASKS, work, workers)
-        (run.folder / MARKER).write_text(json.dumps(list(outcome.results)))
         run.finish(outcome)
     return outcome
 
@@ -71,7 +78,7 @@ def test_workers_change_nothing_and_the_report_adds_up(tmp_path: Path) -> None:
     make(tmp_path / "one", Copy(), workers=1)
     outcome = make(tmp_path / "two", Copy(), workers=2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert set(files(tmp_path / "one")) == {MARKER, *(f"{task.name}.txt" for task in TASKS)}
+    assert set(files(tmp_path / "one")) == {f"{task.name}.txt" for task in TASKS}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     assert list(outcome.results) == [task.name for task in TASKS]
     record = outcome.results["part_3"].files["part_3.txt"]
@@ -139,6 +146,42 @@ def test_a_run_without_a_finished_shard_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--workers 0"):
         make(tmp_path / "out", Copy(), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.json", {"mine": 1}),
+        ("report.json", {"format": "megascale-report", "version": 1, "step": "other"}),
+        ("manifest.json", {"format": "megascale-checkpoint"}),
+    ],
+)
+def test_overwrite_replaces_outputs_of_the_step_only(
+    tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    theirs = tmp_path / "out"
+    theirs.mkdir()
+    (theirs / name).write_text(json.dumps(content, indent=2))
+    (theirs / "thesis.txt").write_text("years of work")
+    run = open_run(theirs, "copy", {}, name, overwrite=True)
+    with pytest.raises(UserError, match="not an output of this command"), run:
+        pass
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+    (theirs / name).unlink()
+    make(tmp_path / "ours", Copy())
+    assert make(tmp_path / "ours", Copy(), overwrite=True, option=2).made
+
+
+def test_a_packed_shard_does_not_count_more_than_its_size(tmp_path: Path) -> None:
+    def work(task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
+        for _ in range(3):
+            advance(task.size - 4)  # bytes of text, of which packed input has more
+        return ShardResult()
+
+    (tmp_path / ".done").mkdir()
+    steps: list[int] = []
+    complete_shard(tmp_path, work, TASKS[0], steps.append)
+    assert steps == [6, 4, 0, 0]
 
 
 def test_two_processes_on_one_output(tmp_path: Path) -> None:
