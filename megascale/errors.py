@@ -26,5 +26,9 @@ class UserError(Exception):
         self.what, self.rule, self.remedy = what, rule, remedy
 
 
+class NumericalError(UserError):
+    """A run that ends because its numbers are no longer finite."""
+
+
 class PeerError(UserError):
     """A run that ends because of another rank, whose own error says more."""

@@ -40,11 +40,21 @@ def train(
 def _train(config: Config, resume: bool) -> None:
     from rich.console import Console
 
+    from megascale.launcher.attempt import write_outcome, write_started
     from megascale.training.assemble import assemble
+    from megascale.training.callbacks.save_requests import STOPPING_WAYS
 
     with distributed_process(config.run.device, config.parallel.collective_timeout_s) as device:
         run = assemble(config, device, resume=resume, console=Console())
+        trainer, mesh = run.trainer, run.trainer.parts.mesh
+        if mesh.is_main:
+            write_started(trainer.state.step, mesh.world_size)
         try:
-            run.trainer.fit()
+            trainer.fit()
         finally:
             run.engine.close()
+        if mesh.is_main:
+            reason = trainer.stop_reason or ""
+            was_asked = any(way in reason for way in STOPPING_WAYS)
+            finished = trainer.state.step >= trainer.max_steps or not was_asked
+            write_outcome(trainer.state.step, finished, reason)
