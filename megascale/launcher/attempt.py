@@ -1,4 +1,4 @@
-"""The attempts at a run on a cluster, as files in its folder: what the batch script asks and writes.
+"""The attempts at a run on a cluster, as files in its folder, for the batch script and for people.
 
     python -m megascale.launcher.attempt begin RUN ...   before srun: may it start, and where does
                                                           it write? Prints settings for the shell.
@@ -113,7 +113,9 @@ def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End |
         stop.unlink(missing_ok=True)
         if not text.startswith(BATCH_STOP):
             return End("user stop", f"the file {stop} was there at the start")
-    for attempt in earlier:  # of a chain: what ended one link ends all, unless the next may do better
+    for (
+        attempt
+    ) in earlier:  # of a chain: what ended one link ends all, unless the next may do better
         kind = attempt.end.kind if attempt.end else "node failure"
         if attempt.end and kind != "preempted" and not KINDS[kind].again:
             return attempt.end

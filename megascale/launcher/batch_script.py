@@ -26,6 +26,8 @@ class BatchJob:
         most_attempts: attempts without a newer checkpoint after which the run is given up.
         requeue_at_limit: whether the time limit leads to another attempt of this job.
         spare_nodes: machines that are allocated beside `nodes`, from which the worst are left out.
+        python: runs the bookkeeping of the batch script; train_python the ranks, which may be
+            another one, inside a container.
         container: srun options that start a task inside a container.
         environment_file: sourced before anything is started.
         launcher: "srun" (a task a rank) or "torchrun" (a task a machine).
@@ -38,6 +40,7 @@ class BatchJob:
     nodes: int
     tasks_per_node: int
     python: str = "python"
+    train_python: str = "python"
     submission: str = ""
     overrides: Sequence[str] = ()
     options: Mapping[str, str | None] = field(default_factory=dict)
@@ -86,6 +89,7 @@ def _settings(job: BatchJob) -> str:
         "tasks_per_node": str(job.tasks_per_node),
         "launcher": job.launcher,
         "python": shlex.quote(job.python),
+        "train_python": shlex.quote(job.train_python),
         "container": words(job.container),
         "environment_file": shlex.quote(job.environment_file),
         "submission": shlex.quote(job.submission) if job.submission else '"$SLURM_JOB_ID"',
@@ -108,7 +112,8 @@ _BODY = """
 set -uo pipefail # not -e: how an attempt ended is judged from its markers, not from exit codes
 log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it from sbatch since 22.05
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE / tasks_per_node))}
+cpus=$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE)) # of this job on each machine
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / tasks_per_node))}
 export PYTHONUNBUFFERED=1 # what a rank printed before it was killed is in the log
 # shellcheck source=/dev/null
 [[ -z $environment_file ]] || source "$environment_file"
@@ -128,21 +133,22 @@ esac
 
 asked() { echo "$1" >"$MEGASCALE_ATTEMPT_DIR/asked"; }
 
-at_limit() { # USR1: a trigger file reaches the ranks inside containers and under torchrun too
+at_limit() { # a trigger file reaches ranks in containers and under torchrun too
   asked "time limit"
   echo "by the batch script: time limit" >"$run/STOP"
 }
 trap at_limit USR1
-# TERM comes from Slurm, which sends it to the ranks itself; and after `scontrol requeue`
+# TERM comes from Slurm, which sends it to the ranks too; and after `scontrol requeue`
 trap '[[ -n ${requeued:-} ]] || asked preempted' TERM
 
-train=("$python" -m megascale train "$config" --resume "run.output_dir=$run" "${overrides[@]}")
+train=("$train_python" -m megascale train "$config" --resume "run.output_dir=$run")
+train+=("${overrides[@]}")
 options=(--nodes="$nodes" --nodelist="$use_nodes" --kill-on-bad-exit=1 --wait=60 --label)
 case $launcher in
   srun) command=(--ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node"
     "${container[@]}" "${train[@]}") ;;
   torchrun) command=(--ntasks="$nodes" --ntasks-per-node=1 "${container[@]}"
-    "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$tasks_per_node"
+    "$train_python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$tasks_per_node"
     --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$torchrun_port"
     --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "${train[@]:1}") ;;
 esac

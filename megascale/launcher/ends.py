@@ -35,19 +35,25 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "finished": Kind(0, False, "The run reached its end."),
-    "user stop": Kind(0, False, "Someone asked it to stop; it saved first. Submit it again to go on."),
+    "user stop": Kind(
+        0, False, "Someone asked it to stop; it saved first. Submit it again to go on."
+    ),
     "time limit": Kind(0, True, "The job's time was nearly over; it saved and goes on."),
     "preempted": Kind(
-        0, False, "Slurm took the nodes back, or scancel ended it; it saved. A preempted job is "
-        "requeued by Slurm."
+        0,
+        False,
+        "Slurm took the nodes back, or scancel ended it; it saved. A preempted job is "
+        "requeued by Slurm.",
     ),
     "config error": Kind(2, False, "The request cannot work; correct it and submit again."),
     "numerical": Kind(
         65, False, "The numbers are no longer finite; another attempt would meet the same step."
     ),
     "out of memory": Kind(
-        71, False, "A process needed more memory than there is: a smaller train.micro_batch_size, "
-        "parallel.activation_recomputation, a higher zero_stage or more ranks help."
+        71,
+        False,
+        "A process needed more memory than there is: a smaller train.micro_batch_size, "
+        "parallel.activation_recomputation, a higher zero_stage or more ranks help.",
     ),
     "node failure": Kind(72, True, "A machine or its network was lost; it goes on elsewhere."),
     "hang": Kind(73, True, "A rank did not answer within parallel.collective_timeout_s."),

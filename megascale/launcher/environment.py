@@ -46,7 +46,7 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo:
     """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun, deepspeed and our own launcher set them.
 
     Where neither RANK nor WORLD_SIZE is set, the tasks of a Slurm step (srun, and the deepspeed
-    launcher with --launcher slurm) are the ranks: SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID.
+    launcher with --launcher slurm) are the ranks, by SLURM_PROCID and SLURM_STEP_NUM_TASKS.
 
     Raises:
         UserError: only some of them are set, or they contradict each other.
@@ -103,7 +103,7 @@ def _place_in_step(env: Mapping[str, str]) -> ProcessInfo:
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"the environment of this Slurm task is incomplete: {error}",
-            rule="srun sets SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID and SLURM_STEP_TASKS_PER_NODE",
+            rule="srun sets SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID, SLURM_STEP_TASKS_PER_NODE",
             remedy="start with srun and pass its variables on (into a container too), or set RANK, "
             "WORLD_SIZE and LOCAL_RANK",
         ) from error
@@ -128,7 +128,7 @@ def _check_agents(env: Mapping[str, str]) -> None:
         raise UserError(
             f"torchrun was started by {tasks} tasks on {nodes} machines",
             rule="torchrun starts the processes of a machine itself, so it is one task a machine",
-            remedy="srun --ntasks-per-node=1 torchrun --nproc-per-node N ..., or leave torchrun out: "
+            remedy="srun --ntasks-per-node=1 torchrun --nproc-per-node N ..., or without torchrun "
             "srun --ntasks-per-node=N python -m megascale ...",
         )
 

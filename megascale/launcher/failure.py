@@ -3,8 +3,8 @@
 When one rank ends, the collectives of the others fail too, and whose process the operating system
 reports first is chance. So each failing rank leaves a note before it lets go of its connections:
 a file for `launch_local` or for the batch script, a key of the rendezvous store for ranks on other
-machines, and torchrun's error file. A rank that only lost its peer knows that it is not the cause, and stays silent where
-the launcher will speak.
+machines, and torchrun's error file. A rank that only lost its peer knows that it is not the cause,
+and stays silent where the launcher will speak.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def launcher_speaks() -> bool:
 
 
 def leave_note(failure: Failure) -> None:
-    """Write the note for `launch_local` or the batch script, if one of them started this process."""
+    """Write the note for `launch_local` or the batch script, where there is one."""
     folder = os.environ.get(FAILURE_DIR) or os.environ.get(ATTEMPT_DIR)
     if folder:
         path = _path(Path(folder), failure.rank)

@@ -136,7 +136,7 @@ def check_address(name: str, what: str, resolve: Resolve | None = None) -> None:
         raise UserError(
             f"{what}, {name}, is {', '.join(found)} on {socket.gethostname()}",
             rule="with several machines no rank may listen on a loopback address",
-            remedy=f"give {name} its network address in /etc/hosts (Debian writes 127.0.1.1 there), "
+            remedy=f"give {name} its network address in /etc/hosts, where Debian has 127.0.1.1, "
             "or set MASTER_ADDR to it and GLOO_SOCKET_IFNAME to the interface",
         )
 
@@ -147,9 +147,7 @@ def candidate_ports(identity: str) -> tuple[int, ...]:
     They do not depend on the machine: rank 0 alone looks at what is free (`listen`).
     """
     digest = hashlib.shake_128(identity.encode()).digest(8 * NUM_CANDIDATES)
-    numbers = [
-        int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(NUM_CANDIDATES)
-    ]
+    numbers = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(NUM_CANDIDATES)]
     windows = [PORT_WINDOWS[0] if i % 3 else PORT_WINDOWS[1] for i in range(1, NUM_CANDIDATES + 1)]
     windows[0] = PORT_WINDOWS[0]
     return tuple(window[n % len(window)] for window, n in zip(windows, numbers, strict=True))

@@ -40,7 +40,9 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
         return torch.device("cpu")
     index = 0 if info.own_gpu and count == 1 else info.local_rank
     if index >= count:
-        here = "" if info.local_world_size is None else f" and runs {info.local_world_size} processes"
+        here = (
+            "" if info.local_world_size is None else f" and runs {info.local_world_size} processes"
+        )
         raise UserError(
             f"local rank {info.local_rank} has no GPU: this machine shows {count}{here}",
             rule="each process on a machine needs a GPU of its own",
@@ -136,9 +138,7 @@ def store_of_step(
     return _store(point.address, find(point, wait_s), timeout)
 
 
-def _store(
-    address: str, port: int, timeout: timedelta, listening: int | None = None
-) -> dist.Store:
+def _store(address: str, port: int, timeout: timedelta, listening: int | None = None) -> dist.Store:
     """A store, or with the descriptor of a listening socket its server."""
     return dist.TCPStore(
         address,

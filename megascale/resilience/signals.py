@@ -19,7 +19,8 @@ class SaveSignals:
     """Remembers SIGUSR1 (save) and SIGTERM (save and end) from `install` to `restore`.
 
     A second SIGTERM, later than `ECHO_S` after the first, ends the process at once, as without
-    this: a rank that hangs can still be ended. Signals reach the main thread only; in another one nothing is installed.
+    this: a rank that hangs can still be ended. Signals reach the main thread only; in another one
+    nothing is installed.
     """
 
     def __init__(self) -> None:

@@ -166,7 +166,7 @@ class Cluster:
         done = self.run("scontrol", "show", "job", number, check=False)
         return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
 
-    def wait(self, number: str, timeout_s: float = 100) -> dict[str, str]:
+    def wait(self, number: str, timeout_s: float = 300) -> dict[str, str]:
         """Wait for the end of a job, requeues included."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE")
         return self.wait_for(number, lambda job: job.get("JobState") in ended, timeout_s)
@@ -255,11 +255,11 @@ class Cluster:
         """Start a machine's first process; nodes live below the head, and die with it."""
         below = [] if name == "head" else ["nsenter", "-t", str(self._pid("head")), "-p", "--"]
         spaces = ["--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child"]
+        init = ["bash", "-c", script, "bash", str(self.folder), name, *arguments]
         with open(self.folder / f"{name}.out", "ab") as log:
             self._processes.append(
                 subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "KILL", *below, "unshare", *spaces, "--"]
-                    + ["bash", "-c", script, "bash", str(self.folder), name, *arguments],
+                    ["setpriv", "--pdeathsig", "KILL", *below, "unshare", *spaces, "--", *init],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

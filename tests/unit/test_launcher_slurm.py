@@ -112,8 +112,8 @@ def test_what_the_user_sets_is_taken() -> None:
     env = {**TASK, "MASTER_ADDR": "a2", "MASTER_PORT": "1234"}
     point = meeting_point(process_info(env), env, _resolve("10.0.0.7"))
     assert (point.address, point.ports) == ("a2", (1234,))
+    bad = {**env, "MASTER_PORT": "x"}
     with pytest.raises(UserError, match="MASTER_PORT='x'"):
-        bad = {**env, "MASTER_PORT": "x"}
         meeting_point(process_info(bad), bad, _resolve("10.0.0.7"))
 
 
@@ -188,7 +188,7 @@ def test_ranks_meet_behind_a_silent_service_and_another_run(
 
 def test_a_rank_that_does_not_find_rank_0_says_where_it_looked() -> None:
     (port,) = _free_ports(1)
-    with pytest.raises(UserError, match="did not find rank 0 at 127.0.0.1") as caught:
+    with pytest.raises(UserError, match="did not find rank 0 at") as caught:
         store_of_step(ProcessInfo(1, 2, 1, True), _point(port), TIMEOUT, wait_s=0.2)
     assert str(port) in caught.value.rule
 
