@@ -30,5 +30,9 @@ class NumericalError(UserError):
     """A run that ends because its numbers are no longer finite."""
 
 
+class NodeError(UserError):
+    """A run that does not start because of a machine that is not as the others."""
+
+
 class PeerError(UserError):
     """A run that ends because of another rank, whose own error says more."""

@@ -15,6 +15,7 @@ from megascale.cli import convert as convert_command
 from megascale.cli import jobs as jobs_command
 from megascale.cli import plan as plan_command
 from megascale.cli import verify as verify_command
+from megascale.cli.doctor import doctor
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
 from megascale.cli.submit import submit
@@ -37,7 +38,7 @@ def build_app() -> typer.Typer:
     app.add_typer(jobs_command.app, name="jobs")
     app.add_typer(plan_command.app, name="plan")
     app.add_typer(verify_command.app, name="verify")
-    for command in (train, evaluate, generate, submit):
+    for command in (train, evaluate, generate, submit, doctor):
         app.command()(command)
     return app
 

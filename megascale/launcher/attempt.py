@@ -2,6 +2,7 @@
 
     python -m megascale.launcher.attempt begin RUN ...   before srun: may it start, and where does
                                                           it write? Prints settings for the shell.
+    python -m megascale.launcher.attempt choose FOLDER    with spare machines: which to leave out?
     python -m megascale.launcher.attempt end FOLDER CODE  after srun: how did it end, once more?
 
 An attempt is one start of a job by Slurm. Its folder RUN/attempts/NUMBER holds begin.json (job,
@@ -25,11 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from megascale.errors import UserError
+from megascale.file_lock import FileLock
 from megascale.launcher.ends import KINDS, REQUEUE_CODE, End, classify
 from megascale.launcher.environment import ATTEMPT_DIR
 from megascale.launcher.failure import read_notes
 from megascale.launcher.meeting import candidate_ports, host_names, listen
+from megascale.launcher.preflight import Facts, compare
 
+LOCK_WAIT_S = 120.0
 NOTHING_TO_DO = 10
 """Exit code of `begin` when the run is over."""
 STOP_NAME = "STOP"
@@ -241,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     first.add_argument("--most-attempts", type=int, default=5)
     first.add_argument("--nodes", type=int, required=True)
     first.add_argument("--log", default="")
+    middle = commands.add_parser("choose")
+    middle.add_argument("folder", type=Path)
+    middle.add_argument("--nodes", type=int, required=True)
     last = commands.add_parser("end")
     last.add_argument("folder", type=Path)
     last.add_argument("code", type=int)
@@ -250,9 +257,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands of the batch script; returns the exit code."""
     asked = _parser().parse_args(arguments)
-    if asked.command == "begin":
+    if asked.command in ("begin", "choose"):
         try:
-            return _begin(asked)
+            return _begin(asked) if asked.command == "begin" else _choose(asked)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return error.exit_code
@@ -274,6 +281,7 @@ def _begin(asked: argparse.Namespace) -> int:
         log=asked.log,
         log_start=size,
     )
+    _wait_for_folder(asked.run)
     folder, over = begin(asked.run, now, asked.most_attempts)
     if over is not None:
         kind = KINDS[over.kind]
@@ -285,11 +293,26 @@ def _begin(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _choose(asked: argparse.Namespace) -> int:
+    """After machines were measured: leave the worst out, and remember outliers."""
+    run = asked.folder.parents[1]
+    now = Begin(**(read_json(asked.folder / "begin.json") or {}))
+    found = [read_json(path) for path in (asked.folder / "machines").glob("*.json")]
+    findings = compare([Facts(**facts) for facts in found if facts])
+    for finding in findings:
+        print(f"megascale: {finding}", file=sys.stderr)
+    silent = [name for name in host_names(now.nodes) if name not in _seconds(asked.folder)]
+    for name in silent:
+        print(f"megascale: {name}: did not answer", file=sys.stderr)
+    add_bad_nodes(run, [*silent, *sorted({f.host for f in findings if f.is_bad_node})])
+    for line in shell_settings(run, asked.folder, now, asked.nodes):
+        print(line)
+    return 0
+
+
 def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[str]:
     """What the batch script evaluates: folder, machines to use, head and a port for torchrun."""
-    names = host_names(now.nodes)
-    bad = read_bad_nodes(run)
-    use = [*(n for n in names if n not in bad), *(n for n in names if n in bad)][:num_nodes]
+    use = choose_nodes(host_names(now.nodes), read_bad_nodes(run), _seconds(folder), num_nodes)
     identity = f"torchrun {now.job}.{now.restart}"
     with listen(candidate_ports(identity)) as listener:
         port = listener.getsockname()[1]
@@ -301,10 +324,60 @@ def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[
     ]
 
 
+def choose_nodes(
+    names: Sequence[str], bad: Sequence[str], seconds: Mapping[str, float], count: int
+) -> list[str]:
+    """The machines to use, in the allocation's order: the worst are left out.
+
+    Args:
+        seconds: of a matrix product on each; {} where nothing was measured. A machine that was
+            asked and did not answer is worse than a slow one.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, float]:
+        return name in bad, bool(seconds) and name not in seconds, seconds.get(name, 0.0)
+
+    best = sorted(names, key=rank)[:count]
+    return [name for name in names if name in best]
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """What `megascale doctor --record` measured on each machine."""
+    found = {path.stem: read_json(path) for path in (folder / "machines").glob("*.json")}
+    return {name: float(facts["product_s"]) for name, facts in found.items() if facts}
+
+
 def read_bad_nodes(run: Path) -> list[str]:
     """Machines that this run is not to use again, as `megascale doctor` found them."""
     path = run / BAD_NODES
     return path.read_text().split() if path.exists() else []
+
+
+def add_bad_nodes(run: Path, names: Sequence[str]) -> None:
+    """Remember machines that are to be left out of the run's next attempts."""
+    known = read_bad_nodes(run)
+    new = [name for name in names if name not in known]
+    if new:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / BAD_NODES).write_text("\n".join([*known, *new]) + "\n")
+
+
+def _wait_for_folder(run: Path, wait_s: float = LOCK_WAIT_S) -> None:
+    """Wait for ranks of an earlier attempt that still hold the run's folder on a lost machine."""
+    deadline = time.monotonic() + wait_s
+    told = False
+    path = run / ".run.lock"
+    while path.exists():
+        try:
+            FileLock(path, lambda holder: UserError(f"{run} is held by {holder}")).release()
+            return
+        except UserError as error:
+            if time.monotonic() > deadline:
+                return  # the ranks will say so
+            if not told:
+                print(f"megascale: waiting, {error}", file=sys.stderr, flush=True)
+                told = True
+        time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ _HEAD = """\
 #!/usr/bin/env bash
 # A training on several machines: saved before the time limit, continued after failures.
 # docs/launch.md tells what happens when; `megascale submit` fills in and submits this script.
+# By hand: edit the settings, mkdir -p RUN/logs, sbatch this file in the folder of its paths.
 """
 
 _BODY = """
@@ -140,6 +141,12 @@ at_limit() { # a trigger file reaches ranks in containers and under torchrun too
 trap at_limit USR1
 # TERM comes from Slurm, which sends it to the ranks too; and after `scontrol requeue`
 trap '[[ -n ${requeued:-} ]] || asked preempted' TERM
+
+if ((spare_nodes > 0)); then # measure every machine, each by itself; the worst are left out
+  timeout 300 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 "${container[@]}" \\
+    "$train_python" -m megascale doctor --record "$MEGASCALE_ATTEMPT_DIR/machines"
+  settings=$(attempt choose "$MEGASCALE_ATTEMPT_DIR" --nodes "$nodes") && eval "$settings"
+fi
 
 train=("$train_python" -m megascale train "$config" --resume "run.output_dir=$run")
 train+=("${overrides[@]}")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megascale.errors import NumericalError, PeerError, UserError
+from megascale.errors import NodeError, NumericalError, PeerError, UserError
 from megascale.launcher.environment import ATTEMPT_DIR, FAILURE_DIR
 
 _BACKEND_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -33,7 +33,7 @@ class Failure:
         time_s: when it was written, seconds of the machine's clock.
         text: the error, as a person should read it.
         lost_peer: the error is the consequence of another rank's.
-        kind: config error, numerical, out of memory, lost peer or error.
+        kind: config error, bad node, numerical, out of memory, lost peer or error.
         host: the machine.
         trace: the traceback, for an error that is not the user's.
     """
@@ -62,6 +62,8 @@ def kind_of(error: BaseException) -> str:
         return "lost peer"
     if isinstance(error, NumericalError):
         return "numerical"
+    if isinstance(error, NodeError):
+        return "bad node"
     if isinstance(error, UserError):
         return "config error"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -72,15 +72,19 @@ class TestBed:
 
     def config(self, name: str, steps: int = 12, **changes: Any) -> Path:
         """A config of a run of two ranks that share every matrix."""
-        changes = {"parallel__tensor_parallel_size": 2, "parallel__engine": "torch", **changes}
+        changes = {
+            "parallel__tensor_parallel_size": 2,
+            "parallel__engine": "torch",
+            "parallel__collective_timeout_s": 60,
+            "checkpoint__save_interval": 4,
+            **changes,
+        }
         tree = settings(
             self.prefix,
             self.output(name),
             model__vocab_size=96,
             data__split=[1.0],
             train__max_steps=steps,
-            parallel__collective_timeout_s=60,
-            checkpoint__save_interval=4,
             **changes,
         )
         tree["schedule"]["decay_steps"] = 12

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megascale.errors import NumericalError, PeerError, UserError
+from megascale.errors import NodeError, NumericalError, PeerError, UserError
 from megascale.launcher import attempt
 from megascale.launcher.attempt import Begin, begin, end, newest_step
 from megascale.launcher.ends import KINDS, REQUEUE_CODE, classify
@@ -73,6 +73,7 @@ def test_the_first_cause_is_told_with_its_machine_and_traceback() -> None:
         (NumericalError("the loss is nan"), "numerical"),
         (PeerError("the loss is nan, another rank's"), "lost peer"),
         (UserError("no such file"), "config error"),
+        (NodeError("torch 2.12"), "bad node"),
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
         (RuntimeError("shapes differ"), "error"),
@@ -174,7 +175,7 @@ def test_exit_codes_tell_the_kinds_apart() -> None:
     final = [kind.code for kind in KINDS.values() if not kind.again and kind.code]
     assert len(set(final)) == len(final)
     assert REQUEUE_CODE not in final
-    assert len(again) == 4
+    assert len(again) == 5
 
 
 def test_a_signal_passed_on_twice_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
