@@ -136,7 +136,8 @@ def _axes(config: Config | None, device_type: str) -> dict[str, dist.ProcessGrou
     import torch.distributed as dist
 
     if config is None:
-        return {"all": dist.group.WORLD} if dist.get_world_size() > 1 else {}
+        world = dist.distributed_c10d._get_default_group()
+        return {"all": world} if dist.get_world_size() > 1 else {}
     from megascale.parallel.mesh import build_mesh
 
     mesh = build_mesh(

@@ -30,7 +30,8 @@ def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Default: all runs.")] = None,
 ) -> None:
     """Jobs, attempts and the last step of a run."""
-    jobs = [job for job in Slurm().jobs() if job.run]
+    can_do_without = run is not None and shutil.which("squeue") is None  # a folder tells much
+    jobs = [] if can_do_without else [job for job in Slurm().jobs() if job.run]
     if run is None:
         for job in jobs:
             typer.echo(_job_line(job))

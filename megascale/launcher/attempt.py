@@ -121,7 +121,7 @@ def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End |
         attempt
     ) in earlier:  # of a chain: what ended one link ends all, unless the next may do better
         kind = attempt.end.kind if attempt.end else "node failure"
-        if attempt.end and kind != "preempted" and not KINDS[kind].again:
+        if attempt.end and not KINDS[kind].again:
             return attempt.end
     stuck = []
     for attempt in reversed(earlier):
@@ -138,11 +138,12 @@ def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End |
     return End("no progress", "\n".join(lines))
 
 
-def end(folder: Path, code: int) -> End:
+def end(folder: Path, code: int, state: str = "RUNNING") -> End:
     """Judge an attempt that is over, and write it down.
 
     Args:
         code: srun's exit code.
+        state: of the job, by Slurm.
     """
     start = Begin(**(read_json(folder / "begin.json") or {}))
     asked = folder / "asked"
@@ -152,6 +153,7 @@ def end(folder: Path, code: int) -> End:
         asked.read_text().strip() if asked.exists() else "",
         read_notes(folder),
         _log_of(start),
+        state,
     )
     write_json(folder / "end.json", asdict(judged))
     return judged
@@ -251,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     last = commands.add_parser("end")
     last.add_argument("folder", type=Path)
     last.add_argument("code", type=int)
+    last.add_argument("--state", default="RUNNING")
     return parser
 
 
@@ -263,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return error.exit_code
-    judged = end(asked.folder, asked.code)
+    judged = end(asked.folder, asked.code, asked.state)
     kind = KINDS[judged.kind]
     print(f"megascale: {judged.kind}. {kind.meaning}\n{judged.text}", flush=True)
     return REQUEUE_CODE if kind.again else kind.code

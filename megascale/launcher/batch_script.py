@@ -139,8 +139,7 @@ at_limit() { # a trigger file reaches ranks in containers and under torchrun too
   echo "by the batch script: time limit" >"$run/STOP"
 }
 trap at_limit USR1
-# TERM comes from Slurm, which sends it to the ranks too; and after `scontrol requeue`
-trap '[[ -n ${requeued:-} ]] || asked preempted' TERM
+trap : TERM # of scancel and of `scontrol requeue`: there is something left to do
 
 if ((spare_nodes > 0)); then # measure every machine, each by itself; the worst are left out
   timeout 300 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 "${container[@]}" \\
@@ -168,13 +167,14 @@ while kill -0 "$step" 2>/dev/null; do # a trap interrupts wait
   code=$?
 done
 
-attempt end "$MEGASCALE_ATTEMPT_DIR" "$code"
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) # "" while the controller is away
+attempt end "$MEGASCALE_ATTEMPT_DIR" "$code" --state "$state"
 code=$?
 ((code == 75)) || exit "$code"
+[[ -z $state || $state == RUNNING ]] || exit 0 # Slurm has requeued or ended it already
 if ((!requeue_at_limit)) && [[ -e $MEGASCALE_ATTEMPT_DIR/outcome.json ]]; then
   exit 0 # the next job of the chain goes on
 fi
-requeued=1
 for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
   scontrol requeue "$SLURM_JOB_ID" && break
   sleep "$pause"

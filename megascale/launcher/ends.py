@@ -39,12 +39,8 @@ KINDS: Mapping[str, Kind] = {
         0, False, "Someone asked it to stop; it saved first. Submit it again to go on."
     ),
     "time limit": Kind(0, True, "The job's time was nearly over; it saved and goes on."),
-    "preempted": Kind(
-        0,
-        False,
-        "Slurm took the nodes back, or scancel ended it; it saved. A preempted job is "
-        "requeued by Slurm.",
-    ),
+    "preempted": Kind(0, True, "Slurm takes the nodes back; it saved and goes on later."),
+    "cancelled": Kind(0, False, "scancel ended it; submit it again to go on."),
     "config error": Kind(2, False, "The request cannot work; correct it and submit again."),
     "numerical": Kind(
         65, False, "The numbers are no longer finite; another attempt would meet the same step."
@@ -103,6 +99,7 @@ def classify(
     asked: str,
     notes: Mapping[int, Failure],
     log: str,
+    state: str = "RUNNING",
 ) -> End:
     """The end of an attempt.
 
@@ -112,9 +109,12 @@ def classify(
         asked: why the batch script asked the run to end; "" if it did not.
         notes: of the ranks that failed.
         log: what the attempt printed.
+        state: of the job, by Slurm; the ranks of one that runs on got SIGTERM by a preemption,
+            which the batch script is not told of.
     """
+    alive = state in ("RUNNING", "")
     if outcome is not None:
-        return _good_end(outcome, asked)
+        return _good_end(outcome, asked, alive)
     causes = sorted((n for n in notes.values() if not n.lost_peer), key=lambda n: n.time_s)
     if causes:
         first = causes[0]
@@ -125,8 +125,8 @@ def classify(
         return End("out of memory", _line_with(_OUT_OF_MEMORY, log))
     if _NODE_LOST.search(log):
         return End("node failure", _line_with(_NODE_LOST, log))
-    if asked == "preempted":
-        return End("preempted", "ended before it could save; it goes on from its last checkpoint")
+    if not alive:
+        return End("cancelled", f"it was {state.lower()} before it had saved")
     lost = sorted(notes.values(), key=lambda n: n.time_s)
     if lost:
         first = lost[0]
@@ -138,11 +138,12 @@ def classify(
     return End("error", f"exit code {code}, and no rank said why\n{_tail(log)}")
 
 
-def _good_end(outcome: Mapping[str, Any], asked: str) -> End:
+def _good_end(outcome: Mapping[str, Any], asked: str, alive: bool) -> End:
     step, reason = outcome["step"], outcome["reason"]
     if outcome["kind"] == "finished":
         return End("finished", f"at step {step}" + (f": {reason}" if reason else ""))
-    kind = asked or ("preempted" if "SIGTERM" in reason else "user stop")
+    by_signal = "preempted" if alive else "cancelled"
+    kind = asked or (by_signal if "SIGTERM" in reason else "user stop")
     return End(kind, f"saved and ended at step {step} ({reason})")
 
 

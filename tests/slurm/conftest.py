@@ -53,6 +53,8 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+if "doctor" in sys.orig_argv and os.environ.get("SLURMD_NODENAME") == os.environ.get("TEST_SILENT"):
+    os.kill(os.getpid(), signal.SIGKILL)
 if "train" in sys.orig_argv:
     if os.environ.get("TEST_KILL") == os.environ.get("SLURM_PROCID", "none"):
         os.kill(os.getpid(), signal.SIGKILL)

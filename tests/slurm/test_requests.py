@@ -10,6 +10,8 @@ import pytest
 from tests.integration.runs import ROOT, make_tokenizer
 from tests.slurm.conftest import TestBed
 
+Numbers = list[tuple[float, ...]]
+
 
 @pytest.mark.parametrize(
     ("options", "changes", "told"),
@@ -54,6 +56,47 @@ def test_a_controller_that_comes_back_is_waited_for(bed: TestBed) -> None:
     bed.cluster.run("sh", "-c", "(sleep 3; slurmctld -f $SLURM_CONF) >/dev/null 2>&1 &")
     bed.megascale("jobs", "status")
     assert pid.exists()  # it answered when the controller was back
+
+
+def test_a_spare_machine_replaces_one_that_does_not_answer(bed: TestBed) -> None:
+    config = bed.config("spare", steps=2)
+    options = ("--nodes", 2, "--over-allocate", 1)
+    (job,) = bed.submit(config, *options, TEST_SILENT="node2")
+    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("spare")
+    assert "node2: did not answer" in bed.log("spare")
+    assert "on node1,node3" in bed.log("spare")
+    assert "machines left out: node2" in bed.megascale("jobs", "status", "spare")
+
+
+def test_the_doctor_looks_at_the_cluster(bed: TestBed) -> None:
+    text = bed.megascale(
+        *("doctor", bed.config("doctor"), "--cluster", "--nodes", 2, "--device", "cpu")
+    )
+    assert "node1: torch" in text
+    assert "node2: torch" in text
+    assert "all-reduce along tp (2 ranks)" in text
+
+
+def test_the_deepspeed_launcher_on_the_cluster(bed: TestBed, undisturbed: Numbers) -> None:
+    """Its SlurmRunner sets neither ranks nor address: both come from the step."""
+    program = bed.folder / "program.py"
+    program.write_text("from megascale.cli.main import main\n\nmain()\n")
+    (bed.folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    script = bed.folder / "deepspeed.sbatch"
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    script.write_text(
+        "#!/bin/bash\n"
+        f"{deepspeed} --launcher slurm --hostfile {bed.folder}/hosts --no_ssh_check "
+        f"--master_addr node1 {program} train {bed.config('deepspeed')}\n"
+    )
+    log = bed.folder / "deepspeed.log"
+    job = bed.cluster.run(
+        *("sbatch", "--parsable", "-N2", "--ntasks-per-node=1", "-o", log, script),
+        PYTHONPATH=f"{bed.folder}:{ROOT}",
+        PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin",
+    ).stdout.strip()
+    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    assert bed.numbers("deepspeed") == undisturbed
 
 
 def test_an_array_of_shards(bed: TestBed, tmp_path: Path) -> None:

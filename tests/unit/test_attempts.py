@@ -35,12 +35,10 @@ def _stopped(reason: str) -> dict[str, object]:
         (0, FINISHED, "time limit", [], "", "finished"),
         (0, _stopped("file STOP"), "", [], "", "user stop"),
         (0, _stopped("file STOP"), "time limit", [], "", "time limit"),
-        (0, _stopped("SIGTERM"), "preempted", [], "", "preempted"),
         (0, _stopped("SIGTERM"), "", [], "", "preempted"),
         (1, None, "", [LOST, BUG], "", "error"),
         (1, None, "", [LOST], "", "node failure"),
         (1, None, "", [SILENT], "", "hang"),
-        (143, None, "preempted", [LOST], "", "preempted"),
         (137, None, "", [LOST], "slurmstepd: error: Detected 1 oom-kill event(s)", "out of memory"),
         (1, None, "", [], "srun: error: Node failure on node2", "node failure"),
         (137, None, "", [], "srun: error: node1: task 1: Killed", "killed"),
@@ -58,6 +56,12 @@ def test_kinds_of_ends(
     found = classify(code, outcome, asked, {note.rank: note for note in notes}, log)
     assert found.kind == kind
     assert found.text
+
+
+def test_sigterm_means_what_slurm_does_with_the_job() -> None:
+    assert classify(0, _stopped("SIGTERM"), "", {}, "", "RUNNING").kind == "preempted"
+    assert classify(0, _stopped("SIGTERM"), "", {}, "", "COMPLETING").kind == "cancelled"
+    assert classify(143, None, "", {0: LOST}, "", "COMPLETING").kind == "cancelled"
 
 
 def test_the_first_cause_is_told_with_its_machine_and_traceback() -> None:
@@ -175,7 +179,7 @@ def test_exit_codes_tell_the_kinds_apart() -> None:
     final = [kind.code for kind in KINDS.values() if not kind.again and kind.code]
     assert len(set(final)) == len(final)
     assert REQUEUE_CODE not in final
-    assert len(again) == 5
+    assert len(again) == 6
 
 
 def test_a_signal_passed_on_twice_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
