@@ -127,7 +127,7 @@ class Pipeline:
         hidden = None if chunk.is_first else received
         outputs = self._module(**self._batches[index], hidden=hidden, chunk=chunk)
         if not chunk.is_last:
-            return outputs
+            return outputs.contiguous()  # sent as it is; a sequence-parallel sum is transposed
         sums = outputs[0]
         self._sums += widen(sums.detach())
         return (sums * self._scale).sum()

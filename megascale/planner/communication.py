@@ -29,7 +29,21 @@ Data parallelism, N the parameters of the rank's part, M micro-batches:
     deepspeed 3      all-gather e (M (N - P) + P), reduce-scatter e N M
 
 DeepSpeed's stage 3 frees gathered weights only when more than 1e9 elements are there, so a smaller
-model is gathered once a micro-batch and a larger one twice.
+model is gathered once a micro-batch and a larger one twice. With context parallelism all of this
+goes over dp x cp ranks.
+
+Context parallelism over n ranks, a layer of a micro-batch: Q the bytes of a rank's queries, K those
+of its keys and values together, K' the same repeated until n divides the heads:
+
+    ulysses     forward all-to-all 2 Q + K'         backward the same
+    ring        forward send (n - 1) K              backward send (n - 1) K, and n 4 K / e (fp32)
+
+Both do the forward once more where attention is recomputed (full; selective too: its keys and
+values are not kept).
+
+Pipeline parallelism: a stage sends its output, A over the ranks that cut T, to the next stage and
+as much back, for every micro-batch, where the other stage is on another rank. A tied weight on two
+ranks has its gradient exchanged once.
 """
 
 from __future__ import annotations
@@ -42,6 +56,7 @@ from typing import Literal
 
 from megascale.models.bert import BERTConfig
 from megascale.models.gpt import GPTConfig
+from megascale.parallel.pipeline import PipelineLayout
 from megascale.planner.memory import FP32, Shape
 
 _LIVE_ELEMENTS = 10**9
@@ -177,3 +192,67 @@ def data_volumes(
         "all_gather": element_bytes * (passes * (total - small) + small),
         "reduce_scatter": element_bytes * total * steps,
     }
+
+
+@dataclass(frozen=True)
+class ContextTraffic:
+    """What context parallelism needs to know of a rank's attention.
+
+    Attributes:
+        tokens: of a micro-batch on one rank, B T / n.
+        heads, kv_heads: of one tensor-parallel rank.
+    """
+
+    num_layers: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def context_volumes(
+    traffic: ContextTraffic,
+    *,
+    method: Literal["ulysses", "ring"],
+    cp_size: int,
+    num_micro_batches: int,
+    recompute: Literal["none", "selective", "full"],
+    element_bytes: int,
+) -> Volumes:
+    """Bytes by kind over the context-parallel axis, one step of one rank; without gradients."""
+    passes = traffic.num_layers * num_micro_batches
+    head = traffic.tokens * traffic.head_dim
+    forwards = 1 if recompute == "none" else 2
+    if method == "ulysses":
+        repeated = math.lcm(traffic.kv_heads, cp_size)
+        one_way = 2 * head * (traffic.heads + repeated) * element_bytes
+        return {"all_to_all": passes * (forwards + 1) * one_way}
+    keys_values = 2 * head * traffic.kv_heads
+    hops = (cp_size - 1) * (forwards + 1)
+    return {"send": passes * keys_values * (hops * element_bytes + cp_size * FP32)}
+
+
+def pipeline_volumes(
+    layout: PipelineLayout,
+    rank: int,
+    *,
+    activation: int,
+    num_micro_batches: int,
+    element_bytes: int,
+    tied_elements: int = 0,
+) -> Volumes:
+    """Bytes that one rank sends over the pipeline-parallel axis in one step.
+
+    Args:
+        activation: elements that one stage hands to the next for a micro-batch.
+        tied_elements: of the rank's part of the weight that first and last stage share.
+    """
+    stages = layout.stages_of(rank)
+    neighbours = [
+        s + step for s in stages for step in (-1, 1) if 0 <= s + step < len(layout.chunks)
+    ]
+    handed = sum(layout.rank_of(neighbour) != rank for neighbour in neighbours)
+    size = handed * activation * num_micro_batches * element_bytes
+    if layout.copied_weight and rank in (0, layout.last_rank):
+        size += tied_elements * FP32
+    return {"send": size}

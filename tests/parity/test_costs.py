@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 
+from megascale.config.load import load_config
+from megascale.parallel.tensor_parallel import Placement
 from megascale.planner.communication import (
+    ContextTraffic,
     bert_traffic,
+    context_volumes,
     data_volumes,
     gpt_traffic,
+    pipeline_volumes,
     tensor_volumes,
 )
-from megascale.planner.memory import StateBytes, state_bytes
+from megascale.planner.memory import FP32, StateBytes, state_bytes
 from megascale.training.state import TrainState
 from megascale.training.step import train_step
 from megascale.training.tasks.bert import bert_config
@@ -82,12 +87,18 @@ def _step(settings: dict[str, Any]) -> dict[str, Any]:
         "live": live_bytes(engine),
         "peak": peak[0],
         "masked": masked,
-        "shapes": [tuple(end - begin for begin, end in place.box) for place in places],
+        "shapes": [_shape(place) for place in places],
         "dp_rank": setup.mesh.dp_rank,
+        "layout": engine._pipeline._layout if engine._pipeline else None,
+        "elements": {name: math.prod(_shape(place)) for name, place in engine.placements.items()},
     }
     del engine.step
     setup.engine.close()
     return seen
+
+
+def _shape(place: Placement) -> tuple[int, ...]:
+    return tuple(end - begin for begin, end in place.box)
 
 
 def _parallel(engine: str, stage: int, tp: int, sp: bool, **more: Any) -> dict[str, Any]:
@@ -173,9 +184,100 @@ def _assert_volumes(seen: dict[str, Any], settings: dict[str, Any], dp: int) -> 
         assert abs(found[key] - size) <= 0.01 * size, (key, found[key], size)
 
 
-def _traffic(settings: dict[str, Any], masked: int) -> Any:
-    from megascale.config.load import load_config
+# method, kv heads, recomputation, further settings
+CONTEXT = [
+    ("ulysses", 4, "none", {}),
+    ("ulysses", 1, "full", {"precision.dtype": "bf16"}),
+    ("ring", 2, "none", {}),
+    ("ring", 4, "selective", {"precision.dtype": "bf16"}),
+    ("ring", 4, "full", {}),
+]
 
+
+@pytest.mark.parametrize("case", CONTEXT, ids=lambda case: "-".join(map(str, case[:3])))
+def test_context_parallelism_sends_what_the_formula_says(
+    pools: Pools, token_prefix: Path, case: tuple
+) -> None:
+    method, kv_heads, mode, more = case
+    settings = settings_of(
+        token_prefix,
+        {
+            **GPT,
+            "model.num_kv_heads": kv_heads,
+            "model.position_embedding": "rope",
+            "parallel.engine": "torch",
+            "parallel.context_parallel_size": 2,
+            "parallel.context_parallel_method": method,
+            "parallel.activation_recomputation": mode,
+            **more,
+        },
+    )
+    model = load_config(settings, world_size=2).model
+    traffic = ContextTraffic(
+        num_layers=model.num_layers,
+        tokens=MICRO * 24 // 2,
+        heads=model.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=WIDTH // model.num_attention_heads,
+    )
+    volumes = context_volumes(
+        traffic,
+        method=method,
+        cp_size=2,
+        num_micro_batches=BATCH // MICRO,
+        recompute=mode,
+        element_bytes=_weight_bytes(settings),
+    )
+    for seen in pools(2).run(_step, settings=settings):
+        gradients = FP32 * sum(map(math.prod, seen["shapes"]))
+        expected = {("cp", kind): size for kind, size in volumes.items()}
+        expected["cp", "all_reduce"] = gradients
+        found = {key: size for key, size in seen["bytes"].items() if key[1] != "scalar"}
+        assert found == expected
+
+
+# world, tp, schedule, stages a rank, tied
+PIPELINES = [
+    (2, 1, "1f1b", 1, True),
+    (2, 1, "interleaved", 2, False),
+    (2, 1, "zbv", 2, True),
+    (4, 2, "1f1b", 1, True),
+]
+
+
+@pytest.mark.parametrize("case", PIPELINES, ids=lambda case: "-".join(map(str, case)))
+def test_a_pipeline_sends_what_the_formula_says(
+    pools: Pools, token_prefix: Path, case: tuple
+) -> None:
+    world, tp, schedule, stages, tied = case
+    parallel = _parallel("torch", 0, tp, tp > 1)
+    settings = settings_of(
+        token_prefix,
+        {
+            **GPT,
+            **parallel,
+            "model.num_layers": 4,
+            "model.tie_word_embeddings": tied,
+            "parallel.pipeline_parallel_size": 2,
+            "parallel.pipeline_schedule": schedule,
+            "parallel.virtual_pipeline_stages": stages,
+        },
+    )
+    ranks = pools(world).run(_step, settings=settings)
+    for rank, seen in enumerate(ranks):
+        volumes = pipeline_volumes(
+            seen["layout"],
+            rank // tp,
+            activation=MICRO * 24 * WIDTH // tp,
+            num_micro_batches=BATCH // MICRO,
+            element_bytes=FP32,
+            tied_elements=seen["elements"].get(seen["layout"].tied_weight, 0),
+        )
+        found = {key: n for key, n in seen["bytes"].items() if key[0] == "pp" and key[1] == "send"}
+        assert found == {("pp", kind): size for kind, size in volumes.items()}
+
+
+def _traffic(settings: dict[str, Any], masked: int) -> Any:
     model = load_config(settings, world_size=None).model
     smoothing = settings["train"].get("label_smoothing", 0) > 0
     if model.family == "bert":
@@ -209,7 +311,7 @@ def _surroundings(seen: dict[str, Any]) -> int:
 
 
 def _weight_bytes(settings: dict[str, Any]) -> int:
-    return 2 if settings["precision"]["dtype"] == "bf16" else 4
+    return 2 if settings.get("precision", {}).get("dtype") == "bf16" else 4
 
 
 def test_the_formulas_at_a_size_that_no_test_can_hold() -> None:
