@@ -11,7 +11,7 @@ from megascale.cli.config import ConfigFile, Overrides, all_checks
 from megascale.cli.process import distributed_process, launch_ranks
 from megascale.config.load import load_config
 from megascale.config.schema import Config
-from megascale.errors import NodeError
+from megascale.errors import NodeError, UserError
 
 Nproc = Annotated[
     int | None, typer.Option(min=1, help="Start this many processes on this machine.")
@@ -69,7 +69,8 @@ def compare_machines(config: Config, rank: int) -> None:
     Rank 0 prints warnings; what makes a training wrong is an error on every rank.
 
     Raises:
-        NodeError: versions differ.
+        NodeError: versions of few machines differ from the others'; they are remembered.
+        UserError: versions differ, and nobody knows whose are wrong.
     """
     import torch.distributed as dist
 
@@ -96,9 +97,10 @@ def compare_machines(config: Config, rank: int) -> None:
     errors = [finding for finding in findings if finding.is_error]
     if not errors:
         return
+    bad = sorted({finding.host for finding in errors if finding.is_bad_node})
     if rank == 0:
-        add_bad_nodes(output, sorted({finding.host for finding in errors if finding.is_bad_node}))
-    raise NodeError(
+        add_bad_nodes(output, bad)
+    raise (NodeError if bad else UserError)(  # without them another attempt would meet the same
         "; ".join(f"{finding.host}: {finding.text}" for finding in errors),
         rule="all ranks of a training run the same versions",
         remedy=errors[0].remedy,

@@ -113,7 +113,8 @@ def stale_locks(now: Callable[[], float] = time.time) -> list[Path]:
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     root = Path(named) if named else Path.home() / ".cache" / "torch_extensions"
     found = []
-    for lock in root.glob("*/*/lock") if root.is_dir() else ():
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")] if root.is_dir() else []
+    for lock in locks:
         try:
             if now() - lock.stat().st_mtime > STALE_LOCK_S:
                 found.append(lock)

@@ -53,8 +53,14 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "doctor" in sys.orig_argv and os.environ.get("SLURMD_NODENAME") == os.environ.get("TEST_SILENT"):
+silent = os.environ.get("TEST_SILENT", "")
+if "doctor" in sys.orig_argv and os.environ.get("SLURMD_NODENAME") == silent:
     os.kill(os.getpid(), signal.SIGKILL)
+if os.environ.get("TEST_ODD", "") == os.environ.get("SLURMD_NODENAME"):
+    from importlib import metadata
+
+    version = metadata.version
+    metadata.version = lambda name: "0.1" if name == "numpy" else version(name)
 if "train" in sys.orig_argv:
     if os.environ.get("TEST_KILL") == os.environ.get("SLURM_PROCID", "none"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -152,7 +158,7 @@ def _cluster() -> Iterator[Cluster]:
     if reason:
         pytest.skip(f"no Slurm cluster: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 107 bytes
-    cluster = Cluster(folder, num_nodes=3, cpus=4, gpus=2)
+    cluster = Cluster(folder, num_nodes=4, cpus=4, gpus=2)
     yield cluster
     cluster.stop()
     shutil.rmtree(folder, ignore_errors=True)

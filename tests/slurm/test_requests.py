@@ -17,7 +17,7 @@ Numbers = list[tuple[float, ...]]
     ("options", "changes", "told"),
     [
         (("--nodes", 2, "--partition", "nowhere"), {}, "main, one, spare"),
-        (("--nodes", 4), {}, "it has 3 nodes"),
+        (("--nodes", 5), {}, "it has 4 nodes"),
         (("--nodes", 2, "--partition", "one"), {}, "it has 1 nodes"),
         (("--nodes", 2, "--time", "9:00:00", "--partition", "spare"), {}, "01:00:00"),
         (("--nodes", 1, "--ntasks-per-node", 4, "--cpus-per-task", 2), {}, "largest has 4 cpus"),
@@ -66,6 +66,19 @@ def test_a_spare_machine_replaces_one_that_does_not_answer(bed: TestBed) -> None
     assert "node2: did not answer" in bed.log("spare")
     assert "on node1,node3" in bed.log("spare")
     assert "machines left out: node2" in bed.megascale("jobs", "status", "spare")
+
+
+def test_a_machine_with_another_version_is_left_out_of_the_next_attempt(bed: TestBed) -> None:
+    """Three machines, of which one is odd: the job is requeued without it, and trains."""
+    changes = {"parallel__tensor_parallel_size": 1, "train__global_batch_size": 6}
+    config = bed.config("odd", steps=2, **changes)
+    (job,) = bed.submit(config, "--nodes", 3, TEST_ODD="node2")
+    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("odd")
+    assert bed.kinds("odd") == ["bad node", "finished"]
+    first, second = bed.attempts("odd")
+    assert first.end is not None
+    assert "node2: rank 1 has numpy 0.1" in first.end.text
+    assert second.begin.nodes == "node[1,3-4]"
 
 
 def test_the_doctor_looks_at_the_cluster(bed: TestBed) -> None:

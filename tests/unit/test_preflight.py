@@ -94,6 +94,9 @@ def test_stale_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = lock.stat().st_mtime
     assert stale_locks(lambda: written + 1) == []  # a build that goes on
     assert stale_locks(lambda: written + preflight.STALE_LOCK_S + 1) == [lock]
+    (tmp_path / "lock_of_a_folder_that_was_named").mkdir()
+    (tmp_path / "lock_of_a_folder_that_was_named" / "lock").touch()
+    assert len(stale_locks(lambda: written + 2 * preflight.STALE_LOCK_S)) == 2
 
 
 def test_the_worst_machines_are_left_out_in_the_allocation_s_order() -> None:
