@@ -9,9 +9,13 @@ from typing import Annotated
 
 import typer
 
+from data_prep.commands.documents import with_document_commands
+from data_prep.datasets.commands import with_dataset_commands
 from data_prep.documents import DocumentUnit
+from data_prep.encoders import Backend
+from data_prep.input_shards import parse_size
 from data_prep.skips import SkipReport
-from data_prep.tokenize import TokenizeOptions, TokenizeSummary, tokenize
+from data_prep.tokenize import RunOptions, TokenizeOptions, TokenizeSummary, tokenize
 from data_prep.train_tokenizer import (
     SentencePieceModel,
     TokenizerKind,
@@ -20,12 +24,16 @@ from data_prep.train_tokenizer import (
 )
 from megascale.errors import UserError
 
-app = typer.Typer(
-    name="data_prep",
-    help="From raw text to a dataset that megascale trains on.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
+app = with_document_commands(
+    with_dataset_commands(
+        typer.Typer(
+            name="data_prep",
+            help="From raw text to a dataset that megascale trains on.",
+            no_args_is_help=True,
+            pretty_exceptions_enable=False,
+            add_completion=False,
+        )
+    )
 )
 
 Inputs = Annotated[
@@ -43,6 +51,10 @@ Documents = Annotated[
 TextKey = Annotated[str, typer.Option("--text-key", help="Key of the text in a jsonl object.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")
+]
+
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Processes; one a processor if not given.")
 ]
 
 
@@ -98,11 +110,24 @@ def tokenize_command(
         int | None,
         typer.Option("--max-sentence-tokens", help="Cut longer sentences; 256 with --bert."),
     ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option("--shard-size", help="Input of a shard, like 500MB; 64MB if not given."),
+    ] = None,
+    backend: Annotated[
+        Backend, typer.Option("--backend", help="What encodes; all give the same ids.")
+    ] = Backend.AUTO,
+    workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tokenise text into a dataset: Megatron-compatible .bin/.idx and a manifest."""
-    options = TokenizeOptions(documents, text_key, bert, max_sentence_tokens)
-    summary = tokenize(inputs, output, tokenizer, options, overwrite)
+    """Tokenise text into a dataset: Megatron-compatible .bin/.idx and a manifest.
+
+    A run that was killed continues when it is started again. The result does not depend on the
+    number of workers.
+    """
+    shard_bytes = None if shard_size is None else parse_size(shard_size)
+    options = TokenizeOptions(documents, text_key, bert, max_sentence_tokens, shard_bytes)
+    summary = tokenize(inputs, output, tokenizer, options, RunOptions(workers, backend, overwrite))
     if summary.already_prepared:
         print(f"already prepared: {output} holds this input, tokenizer and options")
         return

@@ -102,6 +102,22 @@ class ShardResult:
         return cls(content["counts"], skips, content["details"], files)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a run that one of `count` processes does, on any machine: each count-th shard.
+
+    Shares make shards only; afterwards an ordinary run of the same step finds all shards there and
+    finishes it.
+    """
+
+    rank: int
+    count: int
+
+
+class ShareDone(Exception):
+    """The end of a run that was opened for a share: its shards are made, others may not be."""
+
+
 class ShardWork(Protocol):
     """What a step does with a shard; picklable, one copy a process.
 
@@ -157,8 +173,9 @@ class ShardRun:
         step: str,
         identity: dict[str, Any],
         replaceable: Callable[[Path], bool],
+        share: Share | None = None,
     ) -> None:
-        self.output, self.step, self.identity = output, step, identity
+        self.output, self.step, self.identity, self.share = output, step, identity, share
         self.folder = output.with_name(f".{output.name}.unfinished")
         self._replaceable = replaceable
         self._started = time.monotonic()
@@ -179,10 +196,13 @@ class ShardRun:
         Raises:
             UserError: raised by `work`, a worker was killed, or the disk is full. Shards that
                 are finished stay and are not made again.
+            ShareDone: the run was opened for a share, which is done now.
         """
         check_workers(workers)
         assert len({task.name for task in tasks}) == len(tasks), "names of shards are unique"
         found = {task.name: load_marker(self.folder, task.name) for task in tasks}
+        if self.share:
+            tasks = tasks[self.share.rank :: self.share.count]
         missing = [task for task in tasks if found[task.name] is None]
         if done := len(tasks) - len(missing):
             print(f"{self.step}: {done} of {len(tasks)} shards are done, going on", file=sys.stderr)
@@ -196,6 +216,8 @@ class ShardRun:
                 lambda task, result: found.update({task.name: result}),
                 advance,
             )
+        if self.share:
+            raise ShareDone
         results = {name: result for name, result in found.items() if result is not None}
         assert len(results) == len(tasks)
         return RunOutcome(results, [task.name for task in missing], uses)
@@ -227,7 +249,12 @@ class ShardRun:
 
 @contextmanager
 def open_run(
-    output: Path, step: str, identity: dict[str, Any], marker: str, overwrite: bool = False
+    output: Path,
+    step: str,
+    identity: dict[str, Any],
+    marker: str,
+    overwrite: bool = False,
+    share: Share | None = None,
 ) -> Iterator[ShardRun]:
     """Take hold of an output folder for one run of a step.
 
@@ -238,6 +265,7 @@ def open_run(
             `describe_source`), tokenizer, options. Not: number of workers, paths of output.
         marker: a file that a finished output of this step holds, see `check_output_folder`.
         overwrite: replace a finished output; drop an unfinished one of another identity.
+        share: make some of the shards only, beside other processes that make the others.
 
     Raises:
         UserError: another process holds the output, it may not be replaced, or an unfinished run
@@ -245,7 +273,14 @@ def open_run(
     """
     output = Path(os.path.abspath(output))
     check_output_folder(output, marker, overwrite)
-    run = ShardRun(output, step, identity, lambda path: overwrite and may_replace(path, marker))
+    run = ShardRun(
+        output, step, identity, lambda path: overwrite and may_replace(path, marker), share
+    )
+    if share:
+        _join_run(run)
+        with full_disk_errors(output):
+            yield run
+        return
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output.with_name(f".{output.name}.lock"), partial(_taken, output))
@@ -256,6 +291,18 @@ def open_run(
     finally:
         _leave(run.folder)
         lock.release()
+
+
+def _join_run(run: ShardRun) -> None:
+    """Begin or enter an unfinished folder that others may enter at the same time."""
+    identity = _full_identity(run)
+    if (previous := _previous_identity(run.folder)) not in (None, identity):
+        raise _other_identity(run, previous, identity)
+    with disk_errors(run.folder):
+        (run.folder / _DONE_FOLDER).mkdir(parents=True, exist_ok=True)
+        if previous is None:
+            content = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
+            write_file(run.folder / _RUN_NAME, content.encode())
 
 
 def finished_report(output: Path, step: str, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -292,6 +339,7 @@ def complete_shard(folder: Path, work: ShardWork, task: ShardTask, advance: Adva
 
     scratch = folder / f".{task.name}.{os.getpid()}.tmp"
     with full_disk_errors(folder):
+        shutil.rmtree(scratch, ignore_errors=True)  # of a machine that died at this task
         scratch.mkdir()
         try:
             result = work(task, scratch, count)
@@ -343,12 +391,8 @@ def _marker_path(folder: Path, name: str) -> Path:
 
 def _prepare(run: ShardRun, overwrite: bool) -> None:
     """The unfinished folder, empty or with shards of the same identity."""
-    identity = {"format": "megascale-run", "version": _VERSION, "step": run.step, **run.identity}
-    try:
-        previous = json.loads((run.folder / _RUN_NAME).read_bytes())
-    except (OSError, ValueError):
-        previous = None  # nothing was finished: run.json comes first
-    if previous != json.loads(json.dumps(identity)):
+    identity, previous = _full_identity(run), _previous_identity(run.folder)
+    if previous != identity:
         if previous is not None and not overwrite and _has_markers(run.folder):
             raise _other_identity(run, previous, identity)
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -358,6 +402,19 @@ def _prepare(run: ShardRun, overwrite: bool) -> None:
             write_file(run.folder / _RUN_NAME, content.encode())
     _remove_scratch(run.folder)
     shutil.rmtree(run.folder.with_suffix(".old"), ignore_errors=True)
+
+
+def _full_identity(run: ShardRun) -> Any:
+    identity = {"format": "megascale-run", "version": _VERSION, "step": run.step, **run.identity}
+    return json.loads(json.dumps(identity))
+
+
+def _previous_identity(folder: Path) -> Any:
+    """What an unfinished folder was begun with; None: nothing was finished, it comes first."""
+    try:
+        return json.loads((folder / _RUN_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _has_markers(folder: Path) -> bool:

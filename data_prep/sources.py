@@ -1,6 +1,6 @@
-"""Where text comes from: files, folders and globs of text or jsonl, and the standard library.
+"""Where text comes from: files, folders and globs, and the standard library.
 
-Finding the files is here; reading documents out of them is in `documents`.
+Finding the files is here; reading documents out of them is in `data_prep.read`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,27 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import fsspec
+import orjson
 import xxhash
 
+from data_prep.byte_range import open_range
+from data_prep.zstd_stream import open_zstd
 from megascale.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 PYTHON_STDLIB_PROSE = "python-stdlib-prose"
-_JSONL_NAMES = (".jsonl", ".ndjson")
+FileKind = Literal["text", "jsonl", "html", "parquet", "arrow", "tokens", "inline"]
+_KINDS: dict[str, FileKind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".html": "html",
+    ".htm": "html",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".bin": "tokens",
+}
+_SHARD_SUFFIX, _REPORT_NAME = ".jsonl.zst", "report.json"  # of shards of documents
+_HF_STATE = "state.json"  # of a dataset that was saved by Hugging Face's save_to_disk
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -40,16 +54,24 @@ class InputFile:
         kind: how documents lie in it.
         path: its path in `filesystem`; empty where `text` is the content.
         text: the content itself, one document.
+        start, stop: bytes of the file that are meant, for a piece of a file that is not packed;
+            stop None: to its end.
     """
 
     name: str
-    kind: Literal["text", "jsonl", "inline"]
+    kind: FileKind
     filesystem: Any = None
     path: str = ""
     text: str = ""
+    start: int = 0
+    stop: int | None = None
 
     def open(self, decompress: bool = True) -> BinaryIO:
         """Open for reading bytes; `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way."""
+        if self.stop is not None:
+            return open_range(self.filesystem.open(self.path, "rb"), self.start, self.stop)
+        if decompress and self.path.endswith(".zst"):
+            return open_zstd(self.filesystem.open(self.path, "rb"))
         return self.filesystem.open(self.path, "rb", compression="infer" if decompress else None)
 
 
@@ -128,7 +150,7 @@ def _named_files(item: str) -> list[InputFile]:
     if filesystem.isfile(path):
         paths = [path]
     elif filesystem.isdir(path):
-        paths = [found for found in sorted(filesystem.find(path)) if not _hidden(found, path)]
+        paths = _folder_files(filesystem, path.rstrip("/"))
     elif any(character in path for character in "*?["):
         paths = sorted(found for found in filesystem.glob(path) if filesystem.isfile(found))
     else:
@@ -146,10 +168,45 @@ def _hidden(path: str, folder: str) -> bool:
     return any(part.startswith(".") for part in path[len(folder) :].split("/"))
 
 
-def _kind(path: str) -> Literal["text", "jsonl"]:
+def _folder_files(filesystem: Any, folder: str) -> list[str]:
+    """The files of a folder that hold documents, in order.
+
+    Of the folder that a step of ours wrote its shards; of Hugging Face datasets the data files
+    that `state.json` lists, or all arrow files but the caches of transforms; of token files the
+    .bin, and nothing that lies beside them.
+    """
+    found = [path for path in sorted(filesystem.find(folder)) if not _hidden(path, folder)]
+    names = set(found)
+    own = [p for p in found if p.endswith(_SHARD_SUFFIX) and p.rpartition("/")[0] == folder]
+    if own and f"{folder}/{_REPORT_NAME}" in names:
+        return own
+    tokens = [p for p in found if p.endswith(".bin") and p.removesuffix(".bin") + ".idx" in names]
+    if tokens:
+        return tokens
+    states = [path for path in found if path.rpartition("/")[2] == _HF_STATE]
+    if states:
+        return [path for state in states for path in _hf_data_files(filesystem, state)]
+    tables = [path for path in found if _kind(path) == "arrow"]
+    return [p for p in tables if not p.rpartition("/")[2].startswith("cache-")] or found
+
+
+def _hf_data_files(filesystem: Any, state: str) -> list[str]:
+    folder = state.rpartition("/")[0]
+    try:
+        content = orjson.loads(filesystem.cat_file(state))
+        return [f"{folder}/{entry['filename']}" for entry in content["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{state} does not list the dataset's files: {error!r}",
+            rule="a Hugging Face dataset on disk is a folder that save_to_disk wrote",
+            remedy="save it again, or give its .arrow files as inputs",
+        ) from error
+
+
+def _kind(path: str) -> FileKind:
     for suffix in COMPRESSED_SUFFIXES:
         path = path.removesuffix(suffix)
-    return "jsonl" if path.endswith(_JSONL_NAMES) else "text"
+    return _KINDS.get(os.path.splitext(path)[1].lower(), "text")
 
 
 def _missing_input(item: str) -> UserError:

@@ -1,10 +1,15 @@
-"""Random kills around saves, many times: what the enumerated points of the tests cannot promise.
+"""Random kills, many times: what the enumerated points of the tests cannot promise.
 
     python -m tools.soak checkpoint CONFIG --kills 100
+    python -m tools.soak tokenize --kills 50
 
-A run on 2 processes saves at every second step; after a random time all its processes get SIGKILL.
-Each time: the checkpoints that were there still are (but for what keep_last lets go), the newest is
-intact, and the resumed run's losses are those of a run that was never killed.
+checkpoint: a run on 2 processes saves at every second step; after a random time all its processes
+get SIGKILL. Each time: the checkpoints that were there still are (but for what keep_last lets go),
+the newest is intact, and the resumed run's losses are those of a run that was never killed.
+
+tokenize: a run with 2 workers is killed after a random time (all of its processes, only the parent,
+or only a worker) and started again until it is done; then each byte is that of a run that was never
+killed.
 """
 
 from __future__ import annotations
@@ -23,19 +28,24 @@ from pathlib import Path
 from megascale.checkpoint.manager import CheckpointFolder
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.errors import UserError
+from tools.soak_tokenize import soak_tokenize
 
 
 def main() -> None:
     """Run the soak and print its figures; exit code 1 when anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["checkpoint"])
-    parser.add_argument("config")
+    parser.add_argument("what", choices=["checkpoint", "tokenize"])
+    parser.add_argument("config", nargs="?", help="checkpoint: what is trained")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--input", help="tokenize: text (default: python-stdlib)")
     arguments = parser.parse_args()
+    if arguments.what == "checkpoint" and arguments.config is None:
+        parser.error("checkpoint needs a config")
     with tempfile.TemporaryDirectory(prefix="megascale-soak-") as folder:
-        sys.exit(soak(arguments, Path(folder)))
+        work = soak if arguments.what == "checkpoint" else soak_tokenize
+        sys.exit(work(arguments, Path(folder)))
 
 
 def soak(arguments: argparse.Namespace, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""One run writes one folder: a lock that the operating system takes back from a dead process."""
+"""One run writes one folder."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ class RunLock:
     """Holds a local folder for one run until `release` or the end of the process.
 
     Args:
-        folder: an existing local folder.
+        folder: a local folder; made when it is not there.
+        setting: which setting named it, for the refusal.
 
     Raises:
         UserError: another run holds it, or the folder cannot be written to.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, setting: str = "run.output_dir") -> None:
         path = Path(folder) / LOCK_NAME
+        with explain_write_errors(folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = str(path.parent)
         with explain_write_errors(str(path)):
-            self._lock = FileLock(path, lambda holder: _taken(path.parent, holder))
+            self._lock = FileLock(path, lambda holder: _taken(path.parent, holder, setting))
 
     def release(self) -> None:
         """Give the folder free; more than once does nothing."""
         self._lock.release()
 
 
-def _taken(folder: Path, holder: str) -> UserError:
+def _taken(folder: Path, holder: str, setting: str) -> UserError:
     return UserError(
         f"another run is writing to {folder}: {holder}",
         rule="two runs in one folder would overwrite each other's checkpoints",
-        remedy="wait for it or end it, or choose another run.output_dir",
+        remedy=f"wait for it or end it, or choose another {setting}",
     )

@@ -17,6 +17,7 @@ from megascale.checkpoint.ranks import Ranks, agree, make_ranks
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.checkpoint.retention import steps_to_remove
 from megascale.checkpoint.sharing import own
+from megascale.checkpoint.staging import Staged, disk_leaders, staged_checkpoints
 from megascale.checkpoint.storage import (
     REMOVING_PREFIX,
     RETIRED_PREFIX,
@@ -35,6 +36,26 @@ _STAGED = 2  # checkpoints kept in the staging folder
 def step_name(step: int) -> str:
     """Folder name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
+
+
+_NO_MANIFEST = f"{MANIFEST_NAME} is missing: it was never complete, or is damaged"
+_NOT_WHOLE = "the staging folders lack some of its files, or these have another size"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A checkpoint to resume from: in the run's folder, or staged.
+
+    Attributes:
+        reason: why it cannot be taken; "" where it may be.
+        staged: where its files are; None in the run's folder, and for what is not whole.
+    """
+
+    step: int
+    path: str
+    is_staged: bool
+    reason: str = ""
+    staged: Staged | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +159,7 @@ class CheckpointManager(CheckpointFolder):
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
         storage, ranks: of `root` and of the run; by default new ones.
-        lock: the run's, which `close` releases.
+        locks: the run's, which `close` releases.
     """
 
     def __init__(
@@ -151,14 +172,15 @@ class CheckpointManager(CheckpointFolder):
         staging: str | None = None,
         storage: Storage | None = None,
         ranks: Ranks | None = None,
-        lock: RunLock | None = None,
+        locks: Iterable[RunLock] = (),
     ) -> None:
         super().__init__(root, storage)
         self._retention = Retention(keep_last, keep_every)
         self._asynchronous = asynchronous
         self._staging = CheckpointFolder(staging) if staging else None
         self._given_ranks = ranks
-        self._lock = lock
+        self._locks = list(locks)
+        self._leaders: list[int] | None = None
         self._snapshot = Snapshot()
         self._task = BackgroundTask()
 
@@ -194,7 +216,8 @@ class CheckpointManager(CheckpointFolder):
         if self._asynchronous:
             owned = self._snapshot.take(owned)
         frozen = json.loads(json.dumps(state))
-        content = Content(step, owned, torch.get_rng_state(), frozen, dict(attachments))
+        random = torch.get_rng_state()
+        content = Content(step, owned, random, frozen, dict(attachments), self._asynchronous)
         kept = [] if keep is None else [keep]
         if self._asynchronous:
             self._task.start(lambda: self._write(content, kept))
@@ -230,7 +253,15 @@ class CheckpointManager(CheckpointFolder):
         agree(self._ranks, lambda: self._prune_all(keep))
 
     def _write_to(self, folder: CheckpointFolder, content: Content) -> None:
-        write_checkpoint(folder.storage, step_name(content.step), content, self._ranks)
+        leaders = self._staging_leaders() if folder is self._staging else None
+        write_checkpoint(folder.storage, step_name(content.step), content, self._ranks, leaders)
+
+    def _staging_leaders(self) -> list[int]:
+        """For each rank the lowest one with the same staging folder; collective at first."""
+        assert self._staging is not None
+        if self._leaders is None:
+            self._leaders = disk_leaders(self._staging.storage, self._ranks)
+        return self._leaders
 
     def _upload(self, step: int, keep: list[int]) -> None:
         """Copy a staged checkpoint to the run's folder, then prune both."""
@@ -241,13 +272,18 @@ class CheckpointManager(CheckpointFolder):
     def _prune_all(self, keep: list[int]) -> None:
         if self._ranks.rank == 0:
             self.prune(self._retention, keep)
-            if self._staging is not None:
-                self._staging.prune(Retention(_STAGED))
+        if self._staging is not None and self._leads_staging():
+            for step in self._staging.steps()[:-_STAGED]:  # all are in the run's folder by now
+                self._staging.remove(step)
+
+    def _leads_staging(self) -> bool:
+        return self._staging_leaders()[self._ranks.rank] == self._ranks.rank
 
     def open_newest_intact(self) -> tuple[CheckpointReader | None, list[str]]:
         """Open the newest checkpoint whose every file is intact; collective.
 
-        Where a checkpoint is also in the staging folder, that copy is tried first.
+        Where a checkpoint is also in the staging folder, that copy is tried first. One that only
+        the staging folders of several machines hold together is copied to the run's folder first.
 
         Returns:
             (reader, notes): the reader is None when there is no checkpoint at all; the notes say
@@ -258,14 +294,14 @@ class CheckpointManager(CheckpointFolder):
         """
         notes: list[str] = []
         damaged = False
-        for path, complete in self._shared_candidates():
-            reason = f"{MANIFEST_NAME} is missing: it was never complete, or is damaged"
-            if complete:
-                reader, reason = _open_intact(path, self._ranks)
+        for candidate in self._candidates():
+            reason = candidate.reason
+            if not reason:
+                reader, reason = self._open_candidate(candidate)
                 if reader is not None:
                     return reader, notes
-                damaged = True
-            notes.append(f"{path} passed over: {reason}")
+            damaged = damaged or reason != _NO_MANIFEST
+            notes.append(f"{candidate.path} passed over: {reason}")
         if damaged:
             raise UserError(
                 "no intact checkpoint to resume from:\n    " + "\n    ".join(notes),
@@ -274,30 +310,65 @@ class CheckpointManager(CheckpointFolder):
             )
         return None, notes
 
-    def _shared_candidates(self) -> list[tuple[str, bool]]:
-        """(path, has a manifest), newest first: rank 0's view, so that all try the same ones."""
+    def _open_candidate(self, candidate: _Candidate) -> tuple[CheckpointReader | None, str]:
+        """See `_open_intact`; what no rank sees whole is brought together before."""
+        path, staged = candidate.path, candidate.staged
+        if staged is not None and not staged.is_near:
+            assert self._staging is not None
+            source, path = self._staging.storage, self.storage.location(staged.name)
+            try:
+                upload(source, self.storage, staged.name, self._ranks, staged.holders)
+            except UserError as error:
+                return None, error.what
+        return _open_intact(path, self._ranks)
 
-        def look() -> list[tuple[str, bool]]:
+    def _candidates(self) -> list[_Candidate]:
+        """Newest first, the same on all ranks."""
+
+        def kept() -> list[list[Any]]:
             if self._ranks.rank:
                 return []
-            found: list[tuple[int, int, str, bool]] = []
-            for order, folder in enumerate([self._staging, self]):
-                if folder is not None:
-                    folder.recover()
-                    rows = (
-                        (s, -order, folder.path(s), folder.is_complete(s))
-                        for s in folder.all_steps()
-                    )
-                    found += rows
-            return [(path, complete) for _, _, path, complete in sorted(found, reverse=True)]
+            self.recover()
+            return [[step, self.is_complete(step)] for step in self.all_steps()]
 
-        return [(path, complete) for path, complete in agree(self._ranks, look)[0]]
+        rows = agree(self._ranks, kept)[0]
+        whole = {step for step, complete in rows if complete}
+        found = [
+            _Candidate(step, self.path(step), False, "" if step in whole else _NO_MANIFEST)
+            for step, _ in rows
+        ]
+        for each in self._staged_candidates():
+            # what lies apart on several machines is brought together only where it is missed
+            if each.staged is None or each.staged.is_near or each.step not in whole:
+                found.append(each)
+        return sorted(found, key=lambda each: (-each.step, not each.is_staged))
+
+    def _staged_candidates(self) -> list[_Candidate]:
+        if self._staging is None:
+            return []
+        folder, leads = self._staging, self._leads_staging()
+        agree(self._ranks, lambda: folder.recover() if leads else None)
+        steps = {step: folder.is_complete(step) for step in folder.all_steps()}
+        names = [step_name(step) for step, complete in steps.items() if complete]
+        staged = {
+            each.name: each for each in staged_checkpoints(folder.storage, names, self._ranks)
+        }
+        seen: dict[int, bool] = {}
+        for rows in self._ranks.exchange(list(steps.items())):
+            for step, complete in rows:
+                seen[step] = seen.get(step, False) or complete
+        found = []
+        for step, complete in seen.items():
+            whole = staged.get(step_name(step))
+            reason = "" if whole else _NOT_WHOLE if complete else _NO_MANIFEST
+            found.append(_Candidate(step, folder.path(step), True, reason, whole))
+        return found
 
     def close(self) -> None:
         """Wait for the background, whatever comes of it, and give the folder free."""
         self._task.abandon()
-        if self._lock is not None:
-            self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
 
 def open_intact(path: str) -> CheckpointReader:

@@ -36,6 +36,12 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _CHUNK = 4 * 1024 * 1024
 _HASHED_CHUNK = 256 * 1024  # still in the processor's cache when it is written after its hash
+BACKGROUND_CHUNK = 8 * 1024 * 1024
+"""Bytes that a thread beside training hashes and writes at once.
+
+It holds the interpreter's lock between such calls only. Were they many, training could wait often
+for a thread of low priority that holds the lock and is not running.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,12 @@ class TensorStream:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(stream: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+def write_tensors(
+    stream: IO[bytes], tensors: Mapping[str, torch.Tensor], chunk: int = _HASHED_CHUNK
+) -> tuple[int, str]:
     """Write `tensors` (any device, made contiguous) and return (bytes written, xxh3_128 hex)."""
-    return write_streams(stream, [_whole(key, tensor) for key, tensor in tensors.items()])
+    whole = [_whole(key, tensor) for key, tensor in tensors.items()]
+    return write_streams(stream, whole, chunk=chunk)
 
 
 def _whole(key: str, tensor: torch.Tensor) -> TensorStream:
@@ -68,12 +77,16 @@ def _whole(key: str, tensor: torch.Tensor) -> TensorStream:
 
 
 def write_streams(
-    stream: IO[bytes], tensors: Sequence[TensorStream], metadata: Mapping[str, str] | None = None
+    stream: IO[bytes],
+    tensors: Sequence[TensorStream],
+    metadata: Mapping[str, str] | None = None,
+    chunk: int = _HASHED_CHUNK,
 ) -> tuple[int, str]:
     """Write `tensors` one block after the other and return (bytes written, xxh3_128 hex).
 
     Args:
         metadata: strings for the header's `__metadata__`.
+        chunk: bytes that are hashed and written at once.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -95,10 +108,10 @@ def write_streams(
         for part in tensor.blocks():
             assert part.dtype == tensor.dtype, tensor.key
             data = _bytes_of(part.detach().cpu().contiguous())
-            for begin in range(0, len(data), _HASHED_CHUNK):
-                chunk = data[begin : begin + _HASHED_CHUNK]
-                digest.update(chunk)
-                written += stream.write(chunk)
+            for begin in range(0, len(data), chunk):
+                piece = data[begin : begin + chunk]
+                digest.update(piece)
+                written += stream.write(piece)
     assert written == 8 + len(text) + offset, "blocks that do not make up their tensors"
     return written, digest.hexdigest()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
+from collections.abc import Mapping
 
 import xxhash
 
@@ -14,45 +17,57 @@ from megascale.errors import UserError
 _CHUNK = 4 * 1024 * 1024
 
 
-def upload(source: Storage, target: Storage, name: str, ranks: Ranks) -> None:
-    """Copy the complete checkpoint `name` from a node's own disk; collective.
+def upload(
+    source: Storage,
+    target: Storage,
+    name: str,
+    ranks: Ranks,
+    holders: Mapping[str, int] | None = None,
+) -> None:
+    """Copy the complete checkpoint `name` from the machines' own disks; collective.
 
-    Each rank copies the file that it wrote, since no other machine need see it, and rank 0 the
-    small files and, when all are there, the manifest. The bytes are compared with the manifest's
-    checksums on the way.
+    Each rank copies its files, since no other machine need see them, and rank 0, when all are
+    there, the manifest. The bytes are compared with the manifest's checksums on the way.
+
+    Args:
+        holders: file -> the rank that copies it; None: the one that wrote it.
 
     Raises:
         UserError: a file cannot be read, has changed, or cannot be written.
     """
     working = f"{WRITING_PREFIX}{name}" if target.is_local else name
+    first = min(holders.values()) if holders else 0
+
+    def read() -> str:
+        if ranks.rank != first:
+            return ""
+        read_manifest(Storage(source.location(name)))
+        with source.open_read(name, MANIFEST_NAME) as stream:
+            return stream.read().decode()
+
+    def start() -> None:
+        if ranks.rank == 0:
+            target.remove_file(working, MANIFEST_NAME)
+            target.remove_folder(working)
+            target.make_folder(working)
 
     def copy_own() -> None:
-        ours = f"rank_{ranks.rank:05d}.safetensors"
         for entry in entries:
-            is_rank_file = entry.path.startswith("rank_")
-            if entry.path == ours or (ranks.rank == 0 and not is_rank_file):
+            holder = _writer(entry.path) if holders is None else holders[entry.path]
+            if holder == ranks.rank:
                 _copy(source, target, name, working, entry)
-
-    def start() -> list[dict[str, object]]:
-        if ranks.rank:
-            return []
-        target.remove_file(working, MANIFEST_NAME)
-        target.remove_folder(working)
-        target.make_folder(working)
-        manifest = read_manifest(Storage(source.location(name)))
-        return [entry.model_dump() for entry in manifest.files]
 
     def commit() -> None:
         if ranks.rank == 0:
-            with source.open_read(name, MANIFEST_NAME) as stream:
-                text = stream.read()
             with target.open_write(working, MANIFEST_NAME) as stream:
-                stream.write(text)
+                stream.write(text.encode())
             if working != name:
                 target.commit_folder(working, name)
 
     try:
-        entries = [FileEntry(**row) for row in agree(ranks, start)[0]]
+        text = agree(ranks, read)[first]
+        entries = [FileEntry(**row) for row in json.loads(text)["files"]]
+        agree(ranks, start)
         agree(ranks, copy_own)
         agree(ranks, commit)
     except BaseException:
@@ -60,6 +75,12 @@ def upload(source: Storage, target: Storage, name: str, ranks: Ranks) -> None:
             with contextlib.suppress(UserError, OSError):
                 target.remove_folder(working)
         raise
+
+
+def _writer(path: str) -> int:
+    """The rank that wrote a file: its own, or 0 for the small ones."""
+    match = re.fullmatch(r"rank_(\d+)\.safetensors", path)
+    return int(match.group(1)) if match else 0
 
 
 def _copy(source: Storage, target: Storage, name: str, working: str, entry: FileEntry) -> None:

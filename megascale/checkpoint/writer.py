@@ -24,7 +24,12 @@ from megascale.checkpoint.manifest import (
 )
 from megascale.checkpoint.ranks import Ranks, agree
 from megascale.checkpoint.storage import WRITING_PREFIX, Storage
-from megascale.checkpoint.tensor_file import TensorStream, write_streams, write_tensors
+from megascale.checkpoint.tensor_file import (
+    BACKGROUND_CHUNK,
+    TensorStream,
+    write_streams,
+    write_tensors,
+)
 from megascale.errors import UserError
 from megascale.parallel.fragment import Box, Fragment, whole_box
 
@@ -40,6 +45,7 @@ class Content:
         state: JSON values that are the same on all ranks (trainer, schedule, data position).
         attachments: small files to store beside the tensors (config, tokenizer), by path; only
             rank 0's are written.
+        in_background: whether training goes on in another thread meanwhile.
     """
 
     step: int
@@ -47,37 +53,56 @@ class Content:
     rng: torch.Tensor
     state: Mapping[str, Any]
     attachments: Mapping[str, bytes]
+    in_background: bool = False
 
 
-def write_checkpoint(storage: Storage, name: str, content: Content, ranks: Ranks) -> None:
+def write_checkpoint(
+    storage: Storage,
+    name: str,
+    content: Content,
+    ranks: Ranks,
+    leaders: Sequence[int] | None = None,
+) -> None:
     """Write the checkpoint `name` below `storage`. Collective; all ranks return or raise together.
 
     On a local disk everything is written into a folder of another name and committed by one
     rename. An object store has no rename: there the manifest, written last, is the commit.
 
+    Args:
+        leaders: for each rank the one that makes and commits the folder on its disk, where
+            `storage` is on several; None: rank 0, for all.
+
     Raises:
         UserError: some rank could not write (disk full, no permission). What was complete before
             is untouched.
     """
-    rank = ranks.rank
+    rank, leaders = ranks.rank, leaders or [0] * ranks.size
+    leads, several = leaders[rank] == rank, any(leaders)
+    text: list[str] = []
     working = f"{WRITING_PREFIX}{name}" if storage.is_local else name
 
-    def commit(written: list[dict[str, Any]]) -> None:
+    def describe(written: list[dict[str, Any]]) -> str:
         if rank == 0:
             small = content.attachments.items()
             files = [_write_attachment(storage, working, *item) for item in small]
             manifest = _merge(written, files, content.step, content.state)
+            text.append(dump_manifest(manifest).decode())
+        return text[0] if rank == 0 and several else ""
+
+    def commit(described: str) -> None:
+        if leads:
             with storage.open_write(working, MANIFEST_NAME) as stream:
-                stream.write(dump_manifest(manifest))
+                stream.write((described or text[0]).encode())
             if working != name:
                 storage.commit_folder(working, name)
 
     try:
-        agree(ranks, lambda: _start_folder(storage, working) if rank == 0 else None)
+        agree(ranks, lambda: _start_folder(storage, working) if leads else None)
         rows = agree(ranks, lambda: _write_rank_file(storage, working, rank, content))
-        agree(ranks, lambda: commit(rows))
+        described = agree(ranks, lambda: describe(rows))[0]
+        agree(ranks, lambda: commit(described))
     except BaseException:
-        if rank == 0:
+        if leads:
             with contextlib.suppress(UserError, OSError):  # what came first is what is told
                 storage.remove_folder(working)
         raise
@@ -216,8 +241,9 @@ def _write_rank_file(storage: Storage, working: str, rank: int, content: Content
     tensors = {tensor_key(f.kind, f.name): f.tensor for f in content.fragments}
     assert len(tensors) == len(content.fragments), "a rank has one range of a parameter"
     tensors[RNG_KEY] = content.rng
+    chunk = {"chunk": BACKGROUND_CHUNK} if content.in_background else {}
     with storage.open_write(working, file) as stream:
-        size, digest = write_tensors(stream, tensors)
+        size, digest = write_tensors(stream, tensors, **chunk)
     pieces: dict[Any, dict[str, Any]] = {}
     for f in content.fragments:
         piece = pieces.setdefault(

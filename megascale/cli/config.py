@@ -109,7 +109,7 @@ def _summary(config: Config, world_size: int | None) -> list[str]:
     return [
         f"model    {model.family}, {model.num_layers} layers of {model.hidden_size}, "
         f"{model.num_attention_heads} heads, {model.seq_length} tokens",
-        f"data     {', '.join(part.path for part in config.data.weighted_paths)}",
+        f"data     {', '.join(config.data.source_paths)}",
         f"batch    {batch}",
         f"run      {train.max_steps:,} steps, {total:,} tokens, into {config.run.output_dir}",
         f"engine   {parallel.engine}, ZeRO stage {parallel.zero_stage}, {config.precision.dtype}",

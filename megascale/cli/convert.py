@@ -1,4 +1,4 @@
-"""`megascale convert to-hf | from-hf`: checkpoints to and from Hugging Face."""
+"""`megascale convert`: checkpoints to and from Hugging Face, and from DeepSpeed and Megatron-LM."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     import torch
 
     from megascale.config.schema import Config
+    from megascale.importers.importing import Report
 
-app = typer.Typer(help="Convert checkpoints to and from Hugging Face.", no_args_is_help=True)
+app = typer.Typer(
+    help="Convert checkpoints to and from Hugging Face, and from DeepSpeed and Megatron-LM.",
+    no_args_is_help=True,
+)
 
 
 class WeightType(str, Enum):
@@ -97,6 +101,65 @@ def from_hf(
     if done.left_out:
         typer.echo(f"left out, of a head that this model lacks: {', '.join(done.left_out)}")
     typer.echo(f"train on from it: megascale train {done.config_file} data.path=...")
+
+
+Output = Annotated[str, typer.Option("--output", metavar="OUT", help="A new folder.")]
+Stored = Annotated[
+    WeightType | None, typer.Option("--dtype", help="Type of the weights; as found by default.")
+]
+
+
+@app.command("from-deepspeed")
+def from_deepspeed(
+    source: Annotated[
+        str, typer.Argument(metavar="DIR", help="What engine.save_checkpoint was given.")
+    ],
+    out: Output,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="What the module is: a folder or config.json of transformers, or a megascale "
+            "config (.yaml); config.json in or above DIR by default."
+        ),
+    ] = None,
+    dtype: Stored = None,
+) -> None:
+    """Write a DeepSpeed checkpoint (ZeRO 0 to 3) as one of ours: weights, and Adam's moments."""
+    from megascale.importers.importing import import_deepspeed
+
+    kept = None if dtype is None else _dtype(dtype)
+    _tell(import_deepspeed(source, out, model, _shapes, kept))
+
+
+@app.command("from-megatron")
+def from_megatron(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="What --save named.")],
+    out: Output,
+    dtype: Stored = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of the embedding to keep; all, with padding, by default."),
+    ] = None,
+) -> None:
+    """Write the weights of a Megatron-LM GPT (--ckpt-format torch, any layout) as ours."""
+    from megascale.importers.importing import import_megatron
+
+    kept = None if dtype is None else _dtype(dtype)
+    _tell(import_megatron(source, out, _shapes, kept, vocab_size))
+
+
+def _tell(report: Report) -> None:
+    kinds = ", ".join(report.kinds)
+    typer.echo(
+        f"{report.checkpoint}: {report.program}, {report.num_parameters:,} parameters, {kinds}"
+    )
+    for line in (
+        *(f"lost: {what}" for what in report.lost),
+        *(f"not in {report.source}, initialised as in a new model: {n}" for n in report.drawn),
+        *(f"left out, of a head that this model lacks: {name}" for name in report.left_out),
+    ):
+        typer.echo(line)
+    typer.echo(f"train on from it: megascale train {report.config_file} data.path=...")
 
 
 def _dtype(name: WeightType) -> torch.dtype:

@@ -12,6 +12,7 @@ from megascale import __version__
 from megascale.cli import checkpoint as checkpoint_command
 from megascale.cli import config as config_command
 from megascale.cli import convert as convert_command
+from megascale.cli import data as data_command
 from megascale.cli import jobs as jobs_command
 from megascale.cli import plan as plan_command
 from megascale.cli import verify as verify_command
@@ -35,6 +36,7 @@ def build_app() -> typer.Typer:
     app.add_typer(checkpoint_command.app, name="checkpoint")
     app.add_typer(config_command.app, name="config")
     app.add_typer(convert_command.app, name="convert")
+    app.add_typer(data_command.app, name="data")
     app.add_typer(jobs_command.app, name="jobs")
     app.add_typer(plan_command.app, name="plan")
     app.add_typer(verify_command.app, name="verify")

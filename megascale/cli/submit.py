@@ -162,7 +162,7 @@ def _absolute(folder: str) -> str:
 def _container(image: str, config: Config, run: Path) -> tuple[str, ...]:
     """srun's pyxis options: the image, and the folders that a run reads and writes."""
     folders = [str(Path.cwd()), str(run)]
-    folders += [part.path for part in config.data.weighted_paths]
+    folders += config.data.source_paths
     inside = sorted({str(Path(f).absolute().parent) for f in folders[2:] if "://" not in f})
     mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys([*folders[:2], *inside]))
     return (

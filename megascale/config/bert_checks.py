@@ -76,6 +76,8 @@ BERT_CHECKS: tuple[Check, ...] = (
             "model.sliding_window",
             "model.scale_embeddings",
             "data.isolate_documents",
+            "data.packing",
+            "data.fim_rate",
         )
     ),
     Check(("model.family", "model.activation"), bert_has_no_gate),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from megascale.config import recipe_checks
 from megascale.config.bert_checks import BERT_CHECKS
+from megascale.config.data_checks import DATA_CHECKS
 from megascale.config.model_checks import MODEL_CHECKS
 from megascale.config.problems import Problem
 from megascale.config.rules import Check, divisors_near, neighbours
@@ -221,6 +222,7 @@ _IGNORED = (
         lambda keep_last: keep_last is not None,
         "keep_last lets the others go",
     ),
+    _ignored("checkpoint.init_optimizer", "checkpoint.init_from", bool, "init_from is given"),
 )
 
 _BATCH = ("train.global_batch_size", "train.micro_batch_size")
@@ -292,4 +294,5 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
     ),
     *_IGNORED,
     *BERT_CHECKS,
+    *DATA_CHECKS,
 )

@@ -46,10 +46,12 @@ def _sums_to_one(fractions: tuple[float, ...]) -> tuple[float, ...]:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+SampleNumber = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Pair = Annotated[tuple[Rate, Rate], BeforeValidator(_to_pair)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Split = Annotated[
     tuple[Fraction, ...],

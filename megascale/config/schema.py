@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import lcm
+from posixpath import normpath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from megascale.config.fields import (
     Count,
@@ -24,7 +26,9 @@ from megascale.config.fields import (
     Pair,
     Positive,
     Rate,
+    SampleNumber,
     Section,
+    Share,
     Split,
     Text,
     Texts,
@@ -53,6 +57,40 @@ class WeightedPath(Section):
     """Share of the samples of this dataset, relative to the other weights."""
 
 
+def _each_once(sources: tuple[WeightedPath, ...]) -> tuple[WeightedPath, ...]:
+    paths = [normpath(source.path) for source in sources]
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        rule = "must name each dataset once, and {path} is named twice; add up its weights"
+        raise PydanticCustomError("paths_once", rule, {"path": twice[0]})
+    return sources
+
+
+Blend = Annotated[
+    tuple[WeightedPath, ...],
+    Field(min_length=1),
+    BeforeValidator(to_tuple),
+    AfterValidator(_each_once),
+]
+
+
+class DataStage(Section):
+    """One mix of datasets."""
+
+    from_sample: SampleNumber
+    """Number of the first sample that is drawn from this mix; 0 for the first stage."""
+    sources: Blend
+    """The datasets, a list of {path, weight}."""
+
+
+def _in_order(stages: tuple[DataStage, ...]) -> tuple[DataStage, ...]:
+    starts = [stage.from_sample for stage in stages]
+    if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+        rule = "must begin with from_sample 0 and ascend; these begin at {starts}"
+        raise PydanticCustomError("stages", rule, {"starts": starts})
+    return stages
+
+
 def _path_form(value: Any) -> str | None:
     if isinstance(value, str):
         return "<one>"
@@ -60,10 +98,7 @@ def _path_form(value: Any) -> str | None:
 
 
 DataPath = Annotated[
-    Annotated[Text, Tag("<one>")]
-    | Annotated[
-        tuple[WeightedPath, ...], Field(min_length=1), BeforeValidator(to_tuple), Tag("<blend>")
-    ],
+    Annotated[Text, Tag("<one>")] | Annotated[Blend, Tag("<blend>")],
     Discriminator(
         _path_form,
         custom_error_type="data_path",
@@ -75,15 +110,27 @@ DataPath = Annotated[
 class DataConfig(Section):
     """What is read, and how it is divided."""
 
-    path: DataPath = Field(examples=["data/my_dataset"])
-    """A prepared dataset's folder, a Megatron prefix, or a list of {path, weight}."""
+    path: DataPath | None = Field(default=None, examples=["data/my_dataset"])
+    """A prepared dataset's folder, a Megatron prefix, or a list of {path, weight}; null where
+    data.stages tells."""
+    stages: Annotated[
+        tuple[DataStage, ...], BeforeValidator(to_tuple), AfterValidator(_in_order)
+    ] = ()
+    """Mixes that follow each other in a run, a list of {from_sample, sources}."""
     split: Split = (0.98, 0.02)
     """Fractions of the documents for training, validation and test (the last two optional)."""
     tokenizer: Text | None = None
     """Tokenizer of a Megatron prefix that has no manifest; otherwise null, or equal to the
     dataset's own."""
+    packing: Literal["concat", "best_fit", "one_document"] = "concat"
+    """How documents become samples (gpt only): concat cuts the stream into windows, best_fit puts
+    whole documents together and pads the rest, one_document pads or truncates each."""
     isolate_documents: bool = False
     """Whether attention and positions stop at document boundaries inside a sample."""
+    fim_rate: Share = 0.0
+    """Share of the documents in samples whose middle is moved behind the rest (gpt only)."""
+    fim_spm_rate: Share = 0.5
+    """Share of those that give the suffix before the prefix."""
     validation: NamedPaths = Field(default={})
     """More validation sets, name to path of a prepared dataset; each is evaluated whole."""
 
@@ -96,11 +143,23 @@ class DataConfig(Section):
     from another document, sop whether the two are in order; none: one segment, no second loss."""
 
     @property
-    def weighted_paths(self) -> tuple[WeightedPath, ...]:
-        """The datasets with their weights; a single path has weight 1."""
-        if isinstance(self.path, str):
-            return (WeightedPath(path=self.path, weight=1.0),)
-        return self.path
+    def resolved_stages(self) -> tuple[DataStage, ...]:
+        """The mixes in their order: data.stages, or the one of data.path."""
+        if self.path is None:
+            return self.stages
+        blend = self.path
+        if isinstance(blend, str):
+            blend = (WeightedPath(path=blend, weight=1.0),)
+        return (DataStage(from_sample=0, sources=blend),)
+
+    @property
+    def source_paths(self) -> tuple[str, ...]:
+        """Every dataset that is trained on, once, in the order of its first stage."""
+        found: dict[str, str] = {}
+        for stage in self.resolved_stages:
+            for source in stage.sources:
+                found.setdefault(normpath(source.path), source.path)
+        return tuple(found.values())
 
     @property
     def has_validation(self) -> bool:
@@ -291,6 +350,8 @@ class CheckpointConfig(Section):
     init_from: Text | None = None
     """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
     random initial weights."""
+    init_optimizer: bool = False
+    """Whether the optimizer's moments and its count of updates come from init_from, too."""
     keep_best: Text | None = None
     """Score of a validation, such as valid_loss or valid_masked_lm_accuracy, whose best checkpoint
     is saved and kept."""

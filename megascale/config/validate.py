@@ -226,9 +226,9 @@ def _describe(path: str, field: FieldInfo | None) -> str:
     if field is None or section_of(field) is not None:
         return ""
     about = " ".join((field.description or "").split())
-    if not field.is_required():
-        return f"{about} Default: {_shown_default(field)}"
-    return f"{about} Example: {path}: {field.examples[0]}" if field.examples else about
+    if field.examples:
+        return f"{about} Example: {path}: {field.examples[0]}"
+    return about if field.is_required() else f"{about} Default: {_shown_default(field)}"
 
 
 def _repaired(

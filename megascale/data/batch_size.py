@@ -35,9 +35,8 @@ class BatchSizeSchedule:
         increases = (self.final - self.start) // self.increment
         return self.start + samples_seen * increases // self.samples * self.increment
 
-    def samples_after(self, steps: int) -> int:
-        """Samples consumed by the first `steps` steps of a run."""
-        seen = 0
+    def samples_after(self, steps: int, seen: int = 0) -> int:
+        """Samples consumed after `steps` more steps, of a run that has seen `seen` samples."""
         for done in range(steps):
             size = self.at(seen)
             if size == self.final:

@@ -222,6 +222,16 @@ class BERTDataset:
         """Runs of the part; the first call reads the index of the part."""
         return len(self._builder.runs) - 1
 
+    def count_tokens(self, first: int, count: int) -> int:
+        """Tokens of `count` samples; here padding counts."""
+        return count * self.seq_length
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """The run of a sample; half of it is not shown where nsp puts other text in its place."""
+        run = int(self.run_of(np.array([index]))[0])
+        start, stop = self._builder.runs[run : run + 2].tolist()
+        return [(start, stop - start)]
+
     def run_of(self, indices: np.ndarray) -> np.ndarray:
         """Which run each sample is made of: int64, the shape of `indices`."""
         indices = np.asarray(indices, dtype=np.int64)

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,33 @@ from megascale.errors import UserError
 _EDGE_BYTES = 1 << 20
 _FRACTION_TOLERANCE = 1e-6
 _PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
+
+
+@dataclass(frozen=True)
+class ShardIdentity:
+    """What tells one pair of token files from another.
+
+    Attributes:
+        prefix: file name without `.bin`. bytes: of the .bin.
+        content, index: hashes of .bin and .idx; of a Megatron prefix's .bin that of its ends.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    bytes: int
+    content: str
+    index: str
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """Tokens [start, stop) of one document of a shard; documents count from 0 in each shard."""
+
+    shard: str
+    document: int
+    start: int
+    stop: int
 
 
 class TokenCorpus:
@@ -76,7 +104,7 @@ class TokenCorpus:
                 remedy=f"give the prefix, for example {prefixes[0].with_suffix('')}",
             )
         manifest = DatasetManifest.load(folder)
-        shards = [TokenFile(folder / record.prefix) for record in manifest.shards]
+        shards = [TokenFile(record.path(folder)) for record in manifest.shards]
         for shard, record in zip(shards, manifest.shards, strict=True):
             found = (shard.num_documents, shard.num_tokens)
             if found != (record.documents, record.tokens):
@@ -96,6 +124,11 @@ class TokenCorpus:
     def num_documents(self) -> int:
         """Documents in all shards."""
         return sum(shard.num_documents for shard in self._shards)
+
+    @property
+    def token_files(self) -> tuple[TokenFile, ...]:
+        """The shards, in order."""
+        return tuple(self._shards)
 
     @functools.cached_property
     def document_starts(self) -> np.ndarray:
@@ -127,6 +160,31 @@ class TokenCorpus:
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             number += 1
+
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(len(starts), length) int64: as many tokens from each of the positions `starts` on."""
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        if not len(starts):
+            return windows
+        assert starts.min() >= 0
+        assert starts.max() <= self.num_tokens - length
+        if len(self._shards) == 1:
+            windows[:] = self._every_window(0, length)[starts]
+            return windows
+        numbers = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        inside = starts + length <= self._shard_starts[numbers + 1]
+        for number in np.unique(numbers[inside]).tolist():
+            rows = np.flatnonzero(inside & (numbers == number))
+            local = starts[rows] - self._shard_starts[number]
+            windows[rows] = self._every_window(number, length)[local]
+        for row in np.flatnonzero(~inside).tolist():
+            self.read_into(int(starts[row]), windows[row])
+        return windows
+
+    def _every_window(self, number: int, length: int) -> np.ndarray:
+        """(N - length + 1, length): a shard's windows at all positions, a view; rows are gathered
+        by one call for a whole batch."""
+        return np.lib.stride_tricks.sliding_window_view(self._shards[number].tokens, length)
 
     def boundaries(self, start: int, length: int) -> np.ndarray:
         """Positions in [start, start + length) at which a document begins, ascending."""
@@ -190,14 +248,49 @@ class TokenCorpus:
         """32 hex digits that change when the content changes."""
         if self.manifest is not None:
             return self.manifest.fingerprint
-        binary, index = self._shards[0].bin_path, self._shards[0].idx_path
-        size = binary.stat().st_size
-        digest = xxhash.xxh3_128(f"{file_checksum(index)} {size} ".encode())
-        with open(binary, "rb") as stream:
-            digest.update(stream.read(_EDGE_BYTES))
-            stream.seek(max(0, size - _EDGE_BYTES))
-            digest.update(stream.read(_EDGE_BYTES))
+        (shard,) = self.shard_identities
+        digest = xxhash.xxh3_128(f"{shard.index} {shard.bytes} ".encode())
+        digest.update(_edges(self._shards[0].bin_path))
         return digest.hexdigest()
+
+    @functools.cached_property
+    def shard_identities(self) -> list[ShardIdentity]:
+        """Each shard's, in order; reads the manifest, or a Megatron prefix's index."""
+        if self.manifest is not None:
+            return [
+                ShardIdentity(r.prefix, r.documents, r.tokens, r.bin_bytes, r.bin_xxh3, r.idx_xxh3)
+                for r in self.manifest.shards
+            ]
+        (shard,) = self._shards
+        return [
+            ShardIdentity(
+                shard.bin_path.stem,
+                shard.num_documents,
+                shard.num_tokens,
+                shard.bin_path.stat().st_size,
+                xxhash.xxh3_128_hexdigest(_edges(shard.bin_path)),
+                file_checksum(shard.idx_path),
+            )
+        ]
+
+    def documents_in(self, start: int, length: int) -> list[DocumentPart]:
+        """The documents of the positions [start, start + length), in order; none is empty."""
+        inner = self.boundaries(start + 1, length - 1)
+        cuts = np.unique(np.concatenate([[start], inner, [start + length]]))
+        documents = np.searchsorted(self.document_starts, cuts[:-1], side="right") - 1
+        shards = np.searchsorted(self._shard_starts, cuts[:-1], side="right") - 1
+        before = np.cumsum([0, *(shard.num_documents for shard in self._shards)])
+        begins = cuts[:-1] - self.document_starts[documents]
+        return [
+            DocumentPart(Path(self._shards[shard].prefix).name, number, begin, begin + size)
+            for shard, number, begin, size in zip(
+                shards.tolist(),
+                (documents - before[shards]).tolist(),
+                begins.tolist(),
+                np.diff(cuts).tolist(),
+                strict=True,
+            )
+        ]
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest; a Megatron prefix has its index read.
@@ -261,6 +354,14 @@ class TokenCorpus:
             remedy="give that part a larger fraction, or prepare more or shorter documents "
             "(`--documents paragraph` or `line` cuts text files)",
         )
+
+
+def _edges(binary: Path) -> bytes:
+    """The first and the last MiB of a file."""
+    with open(binary, "rb") as stream:
+        first = stream.read(_EDGE_BYTES)
+        stream.seek(max(0, binary.stat().st_size - _EDGE_BYTES))
+        return first + stream.read(_EDGE_BYTES)
 
 
 def _nearest(candidates: np.ndarray, target: float) -> int:

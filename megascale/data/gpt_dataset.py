@@ -16,11 +16,13 @@ from __future__ import annotations
 import numpy as np
 
 from megascale.data.corpus import TokenCorpus
-from megascale.data.permutation import derive_key, permute
+from megascale.data.epochs import ShuffledEpochs
+from megascale.data.fill_in_middle import FillInMiddle
+from megascale.data.permutation import derive_key
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.errors import UserError
 
-_ORDER, _OFFSET = 1, 2  # what a key is for
+_OFFSET = 2  # what a key is for
 
 
 class GPTDataset:
@@ -37,6 +39,7 @@ class GPTDataset:
         seed: any integer.
         isolate_documents: add `document_ids` and `position_ids`, and mask the labels that would
             predict the next document's first token.
+        middle: how pieces of documents are rearranged; None: not at all.
 
     Raises:
         UserError: the part is shorter than one window.
@@ -49,14 +52,16 @@ class GPTDataset:
         seq_length: int,
         seed: int,
         isolate_documents: bool = False,
+        middle: FillInMiddle | None = None,
     ) -> None:
         _check_range(corpus, token_range, minimum=seq_length + 1, seq_length=seq_length)
         self.corpus, self.token_range, self.seq_length = corpus, token_range, seq_length
-        self.isolate_documents = isolate_documents
+        self.isolate_documents, self._middle = isolate_documents, middle
         targets = token_range[1] - token_range[0] - 1
         self.samples_per_epoch = targets // seq_length
         self._slack = targets - self.samples_per_epoch * seq_length
         self._key = derive_key(int(corpus.fingerprint, 16), seed)
+        self._epochs = ShuffledEpochs(self.samples_per_epoch, self._key)
 
     def epoch_of(self, index: int) -> int:
         """The epoch, from 0, in which a sample lies."""
@@ -70,22 +75,31 @@ class GPTDataset:
         """Samples by number: `input_ids` and `labels`, (B, T) int64, and, if documents are
         isolated, `document_ids` (0, 1, ... within the window) and `position_ids` (from 0 at each
         document's start and at the window's)."""
-        starts = self._starts(np.asarray(indices, dtype=np.int64))
-        windows = np.empty((len(starts), self.seq_length + 1), dtype=np.int64)
-        for row, start in zip(windows, starts.tolist(), strict=True):
-            self.corpus.read_into(start, row)
+        indices = np.asarray(indices, dtype=np.int64)
+        starts = self._starts(indices)
+        windows = self.corpus.read_windows(starts, self.seq_length + 1)
+        if self._middle is not None:
+            keys = self._middle.sample_keys(self._key, indices)
+            for row, start, key in zip(windows, starts.tolist(), keys, strict=True):
+                inside = np.unique(self.corpus.boundaries(start + 1, self.seq_length)) - start
+                self._middle.apply(row, [0, *inside.tolist(), len(row)], key)
         return _to_batch(self.corpus, starts, windows, self.isolate_documents)
 
+    def count_tokens(self, first: int, count: int) -> int:
+        """Tokens of `count` samples: windows are always full."""
+        return count * self.seq_length
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """The one window of a sample."""
+        return [self.window(index)]
+
     def _starts(self, indices: np.ndarray) -> np.ndarray:
-        assert indices.size == 0 or indices.min() >= 0, "sample numbers begin at 0"
-        epochs, ranks = np.divmod(indices, self.samples_per_epoch)
-        starts = np.empty_like(indices)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            order_key = derive_key(self._key, _ORDER, epoch)
-            windows = permute(ranks[chosen], self.samples_per_epoch, order_key)
-            offset = derive_key(self._key, _OFFSET, epoch) % (self._slack + 1)
-            starts[chosen] = self.token_range[0] + offset + windows * self.seq_length
+        epochs, windows = self._epochs.locate(indices)
+        starts = self.token_range[0] + windows * self.seq_length
+        if self._slack:
+            for epoch in set(epochs.tolist()):
+                offset = derive_key(self._key, _OFFSET, epoch) % (self._slack + 1)
+                starts[epochs == epoch] += offset
         return starts
 
 
@@ -133,6 +147,7 @@ class EvaluationDataset:
             starts[row], lengths[row] = self.window(index)
             self.corpus.read_into(int(starts[row]), windows[row, : lengths[row]])
         result = _to_batch(self.corpus, starts, windows, self.isolate_documents)
+        result["labels"] = result["labels"].copy()  # else they share memory with the inputs
         self._mask_padding(result, lengths)
         return result
 
@@ -149,8 +164,9 @@ class EvaluationDataset:
 def _to_batch(
     corpus: TokenCorpus, starts: np.ndarray, windows: np.ndarray, isolate_documents: bool
 ) -> dict[str, np.ndarray]:
-    batch = {"input_ids": windows[:, :-1].copy(), "labels": windows[:, 1:].copy()}
+    batch = {"input_ids": windows[:, :-1], "labels": windows[:, 1:]}
     if isolate_documents:
+        batch["labels"] = batch["labels"].copy()
         _isolate_documents(corpus, starts, batch)
     return batch
 

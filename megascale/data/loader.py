@@ -35,9 +35,10 @@ class BatchLoader:
         micro_batch_size: in samples.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
         prefetch: prepare the next step in a background thread; changes no result.
+        vocab_size: ids that the model knows; None: they are not looked at.
 
     Raises:
-        UserError: the batch sizes do not divide.
+        UserError: the batch sizes do not divide; from `load`: an id that the model does not know.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BatchLoader:
         dp_rank: int,
         dp_size: int,
         prefetch: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size
         if isinstance(global_batch_size, int):
@@ -56,6 +58,7 @@ class BatchLoader:
         count_microbatches(self.batch_size.final, micro_batch_size, dp_size)
         self._dataset, self._micro_batch_size = dataset, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._vocab_size = vocab_size
         self._executor = ThreadPoolExecutor(1, "batch-prefetch") if prefetch else None
         self._pending: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -83,12 +86,13 @@ class BatchLoader:
     def _load(self, samples_seen: int) -> list[MicroBatch]:
         size = self._micro_batch_size
         total = self.batch_size.at(samples_seen)
-        count_microbatches(total, size, self._dp_size)
-        share = total // self._dp_size
-        first = samples_seen + self._dp_rank * share
+        numbers = np.arange(samples_seen, samples_seen + total, dtype=np.int64)
         # One read for the whole step, then views: fewer, larger numpy calls.
-        ids = np.arange(first, first + share, dtype=np.int64)
-        whole = _to_tensors(self._dataset.batch(ids), ids)
+        ids = rank_share(numbers, size, self._dp_rank, self._dp_size)
+        arrays = self._dataset.batch(ids)
+        if self._vocab_size is not None:
+            _require_known_ids(arrays, ids, self._vocab_size)
+        whole = _to_tensors(arrays, ids)
         return [
             {name: tensor[begin : begin + size] for name, tensor in whole.items()}
             for begin in range(0, len(ids), size)
@@ -140,6 +144,19 @@ class EvaluationLoader:
             yield _to_tensors(arrays, np.where(padding, PADDING_SAMPLE_ID, spread))
 
 
+def rank_share(
+    numbers: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> np.ndarray:
+    """The samples of a step that one data-parallel rank takes, out of all of them in order.
+
+    Raises:
+        UserError: see `count_microbatches`.
+    """
+    count_microbatches(len(numbers), micro_batch_size, dp_size)
+    share = len(numbers) // dp_size
+    return numbers[dp_rank * share : (dp_rank + 1) * share]
+
+
 def count_microbatches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
     """Micro-batches a rank runs each step: global_batch_size / (micro_batch_size x dp_size).
 
@@ -159,6 +176,20 @@ def count_microbatches(global_batch_size: int, micro_batch_size: int, dp_size: i
             else "give positive batch sizes",
         )
     return global_batch_size // a_round
+
+
+def _require_known_ids(arrays: dict[str, np.ndarray], ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens that no embedding stands for: on a GPU they would end the process."""
+    for name in ("input_ids", "labels"):
+        lowest, highest = int(arrays[name].min()), int(arrays[name].max())
+        if highest >= vocab_size or (lowest < 0 and name == "input_ids"):
+            wrong = (arrays[name] >= vocab_size) | ((arrays[name] < 0) & (name == "input_ids"))
+            row = int(np.flatnonzero(wrong.any(axis=1))[0])
+            raise UserError(
+                f"sample {ids[row]} holds the token id {arrays[name][row][wrong[row]][0]}",
+                rule=f"ids lie in 0..{vocab_size - 1}: model.vocab_size is {vocab_size}",
+                remedy="set model.vocab_size to that of the tokenizer that made the data",
+            )
 
 
 def _to_tensors(arrays: dict[str, np.ndarray], sample_ids: np.ndarray) -> MicroBatch:

@@ -3,6 +3,9 @@
 DIR/manifest.json        written last
 DIR/tokenizer/           the tokenizer the ids belong to
 DIR/shard_00000.bin/.idx token files (megascale.data.token_file)
+
+Version 2 is version 1 with shards that lie in other folders; it is written only where there are
+such shards.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from megascale.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT: Literal["megascale-dataset"] = "megascale-dataset"
-VERSION = 1
+VERSION = 2
 _PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
 
 
@@ -55,6 +58,12 @@ class ShardRecord(_Record):
     tokens: int = Field(ge=0)
     utf8_bytes: int = Field(ge=0)
     """UTF-8 bytes of the documents' text, for bits per byte."""
+    folder: str = ""
+    """Where the files are if not in the dataset's folder: relative to it, or absolute."""
+
+    def path(self, dataset: str | os.PathLike[str]) -> Path:
+        """Path of the files without `.bin`, for the dataset's folder."""
+        return Path(dataset, self.folder, self.prefix)
 
     @classmethod
     def of_files(
@@ -78,7 +87,7 @@ class DatasetManifest(_Record):
     """The content of `manifest.json`."""
 
     format: Literal["megascale-dataset"] = FORMAT
-    version: int = VERSION
+    version: int = 1
     mode: Literal["gpt", "bert"] = "gpt"
     """gpt: a sequence is a document and ends with `eod_id`; bert: a sequence is a sentence, and
     no special token is stored."""
@@ -101,7 +110,12 @@ class DatasetManifest(_Record):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `manifest.json` into `folder`, atomically."""
-        content = json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n"
+        record = self.model_dump()
+        for shard in record["shards"]:
+            if not shard["folder"]:
+                del shard["folder"]  # as version 1 has it
+        record["version"] = 2 if any(shard.folder for shard in self.shards) else 1
+        content = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_file(Path(folder) / MANIFEST_NAME, content.encode())
 
     @classmethod
@@ -113,17 +127,19 @@ class DatasetManifest(_Record):
                 shard is missing or of another size.
         """
         path = Path(folder) / MANIFEST_NAME
-        manifest = cls._parse(path)
+        manifest = cls.read(folder)
         for shard in manifest.shards:
             for file, expected in (
-                (bin_path(path.parent / shard.prefix), shard.bin_bytes),
-                (idx_path(path.parent / shard.prefix), shard.idx_bytes),
+                (bin_path(shard.path(path.parent)), shard.bin_bytes),
+                (idx_path(shard.path(path.parent)), shard.idx_bytes),
             ):
                 _check_size(file, expected, path)
         return manifest
 
     @classmethod
-    def _parse(cls, path: Path) -> DatasetManifest:
+    def read(cls, folder: str | os.PathLike[str]) -> DatasetManifest:
+        """As `load`, without a look at the shards."""
+        path = Path(folder) / MANIFEST_NAME
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError as error:

@@ -30,6 +30,23 @@ class SampleSource(Protocol):
         ...
 
 
+class TrainingSource(SampleSource, Protocol):
+    """A sequence of samples over one corpus, epoch after epoch without end."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples after which the text begins anew."""
+        ...
+
+    def count_tokens(self, first: int, count: int) -> int:
+        """Tokens of the samples [first, first + count); padding is none."""
+        ...
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """(start, length) of the pieces of the corpus's stream that a sample is made of."""
+        ...
+
+
 class FiniteSampleSource(SampleSource, Protocol):
     """A sequence of samples that ends."""
 

@@ -29,7 +29,7 @@ def ngram_entropy(
     """
     start, stop = token_range
     assert stop - start >= 2, f"{token_range} holds no pair of tokens"
-    counts = _unigram_counts(corpus, start, stop)
+    counts = unigram_counts(corpus, start, stop)
     # The last token is the first of no pair.
     first_counts = counts.copy()
     first_counts[corpus.read(stop - 1, 1)[0]] -= 1
@@ -45,10 +45,11 @@ def ngram_entropy(
 
 def most_frequent_token(corpus: TokenCorpus, token_range: tuple[int, int]) -> int:
     """The token that occurs most often in [start, stop); the smallest id of several."""
-    return int(np.argmax(_unigram_counts(corpus, *token_range)))
+    return int(np.argmax(unigram_counts(corpus, *token_range)))
 
 
-def _unigram_counts(corpus: TokenCorpus, start: int, stop: int) -> np.ndarray:
+def unigram_counts(corpus: TokenCorpus, start: int, stop: int) -> np.ndarray:
+    """int64: how often each id occurs in [start, stop), up to the largest that does."""
     counts = np.zeros(0, dtype=np.int64)
     for begin in range(start, stop, _CHUNK_TOKENS):
         chunk = np.bincount(corpus.read(begin, min(_CHUNK_TOKENS, stop - begin)))

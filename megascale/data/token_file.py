@@ -108,14 +108,44 @@ class TokenFileWriter:
                 self._lengths.append(len(sequence))
         self._document_indices.append(len(self._lengths))
 
+    def add_documents(
+        self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None
+    ) -> None:
+        """Append many documents at once, which costs far less than one by one.
+
+        Args:
+            tokens: (N,) ids of all sequences, back to back.
+            lengths: (S,) tokens of each sequence.
+            sequences: (D,) sequences of each document; None: each sequence is a document.
+        """
+        assert self._stream is not None, "add_documents outside of the `with` block"
+        assert int(lengths.sum()) == len(tokens)
+        if sequences is None:
+            sequences = np.ones(len(lengths), dtype=np.int64)
+        assert int(sequences.sum()) == len(lengths)
+        if lengths.size:
+            self._check_length(int(lengths.max()))
+        first = len(self._lengths)
+        with disk_errors(self._bin_path):
+            self._stream.write(self._in_dtype(tokens).data)
+        self._lengths.frombytes(lengths.astype(np.intc).tobytes())
+        ends = first + np.cumsum(sequences, dtype=np.int64)
+        self._document_indices.frombytes(ends.tobytes())
+
     def _stored(self, sequence: np.ndarray) -> np.ndarray:
         assert sequence.ndim == 1, "a sequence is a 1-D array"
-        if len(sequence) > _MAX_SEQUENCE_LENGTH:
+        self._check_length(len(sequence))
+        return self._in_dtype(sequence)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > _MAX_SEQUENCE_LENGTH:
             raise UserError(
-                f"a sequence of {len(sequence)} tokens for {self._bin_path}",
+                f"a sequence of {tokens} tokens for {self._bin_path}",
                 rule=f"the format holds at most {_MAX_SEQUENCE_LENGTH} tokens a sequence",
                 remedy="cut the document into several",
             )
+
+    def _in_dtype(self, sequence: np.ndarray) -> np.ndarray:
         if len(sequence) == 0:
             return sequence.astype(self.dtype)
         assert sequence.dtype.kind in "iu", "ids are integers"
@@ -202,7 +232,7 @@ class TokenFile:
                     rule="a tokenised dataset is a .bin and an .idx file of one name",
                     remedy=f"check the path, or {_TOKENISE_AGAIN}",
                 )
-        self.dtype, sequences, documents = self._read_header()
+        self.dtype, sequences, documents = read_header(self.idx_path)
         index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
         offset = _HEADER.size
         self.sequence_lengths = np.frombuffer(index, "<i4", sequences, offset)
@@ -212,8 +242,11 @@ class TokenFile:
         self.document_indices = np.frombuffer(index, "<i8", documents, offset)
         self._check_against_bin()
         empty = self.bin_path.stat().st_size == 0  # an empty file cannot be mapped
+        # A plain view: a slice of np.memmap runs Python code, and takes longer than its copy.
         self.tokens: np.ndarray = (
-            np.empty(0, self.dtype) if empty else np.memmap(self.bin_path, self.dtype, mode="r")
+            np.empty(0, self.dtype)
+            if empty
+            else np.memmap(self.bin_path, self.dtype, mode="r").view(np.ndarray)
         )
 
     @property
@@ -249,49 +282,15 @@ class TokenFile:
         sizes = self.sequence_lengths.astype(np.int64) * self.dtype.itemsize
         ends = np.cumsum(sizes)
         if (sizes < 0).any() or not np.array_equal(ends - sizes, self.sequence_pointers):
-            raise self._damaged("the sequence pointers do not follow from the lengths")
+            raise _damaged(self.idx_path, "the sequence pointers do not follow from the lengths")
         if (np.diff(self.document_indices) < 0).any():
-            raise self._damaged("the document indices do not ascend")
-
-    def _read_header(self) -> tuple[np.dtype, int, int]:
-        with open(self.idx_path, "rb") as stream:
-            raw = stream.read(_HEADER.size)
-        actual = self.idx_path.stat().st_size
-        if raw[: len(MAGIC)] != MAGIC:
-            raise UserError(
-                f"{self.idx_path} begins with {raw[: len(MAGIC)]!r}",
-                rule=f"a Megatron index begins with {MAGIC!r}",
-                remedy=f"give the prefix of a .bin/.idx pair, or {_TOKENISE_AGAIN}",
-            )
-        if len(raw) < _HEADER.size:
-            raise self._damaged(f"{actual} bytes, but the header alone has {_HEADER.size}")
-        _, version, code, sequences, documents = _HEADER.unpack(raw)
-        if version != VERSION:
-            raise UserError(
-                f"{self.idx_path} has version {version}",
-                rule=f"this megascale reads version {VERSION}",
-                remedy=_TOKENISE_AGAIN,
-            )
-        dtype = np.dtype(DTYPE_CODES.get(code, np.float64))
-        if dtype.kind not in "iu":
-            raise UserError(
-                f"{self.idx_path} has the dtype code {code}",
-                rule="token ids are integers: dtype codes 1, 2, 3, 4, 5 and 8",
-                remedy=_TOKENISE_AGAIN,
-            )
-        expected = _HEADER.size + 12 * sequences + 8 * documents
-        if actual not in (expected, expected + sequences):
-            what = f"{actual} bytes, but {sequences} sequences and {documents - 1} documents"
-            raise self._damaged(f"{what} need {expected}")
-        if documents < 1:
-            raise self._damaged("the document indices are missing")
-        return dtype.newbyteorder("<"), sequences, documents
+            raise _damaged(self.idx_path, "the document indices do not ascend")
 
     def _check_against_bin(self) -> None:
         sequences = len(self.sequence_lengths)
         if self.document_indices[0] != 0 or self.document_indices[-1] != sequences:
             found = f"{self.document_indices[0]}..{self.document_indices[-1]}"
-            raise self._damaged(f"document indices run over {found}, not 0..{sequences}")
+            raise _damaged(self.idx_path, f"document indices run over {found}, not 0..{sequences}")
         expected = 0
         if sequences:
             last = int(self.sequence_lengths[-1]) * self.dtype.itemsize
@@ -306,9 +305,65 @@ class TokenFile:
                 remedy=f"copy both files again, or {_TOKENISE_AGAIN}",
             )
 
-    def _damaged(self, what: str) -> UserError:
-        return UserError(
-            f"{self.idx_path} is truncated or damaged: {what}",
-            rule="the .idx holds 34 bytes, 12 a sequence, and 8 a document and one more",
-            remedy=f"copy both files again, or {_TOKENISE_AGAIN}",
+
+def read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """(dtype, sequences, entries of the document index) of an index file.
+
+    Raises:
+        UserError: it is no such file, or its size is not what the header says.
+    """
+    with open(path, "rb") as stream:
+        raw = stream.read(_HEADER.size)
+    actual = path.stat().st_size
+    if raw[: len(MAGIC)] != MAGIC:
+        raise UserError(
+            f"{path} begins with {raw[: len(MAGIC)]!r}",
+            rule=f"a Megatron index begins with {MAGIC!r}",
+            remedy=f"give the prefix of a .bin/.idx pair, or {_TOKENISE_AGAIN}",
         )
+    if len(raw) < _HEADER.size:
+        raise _damaged(path, f"{actual} bytes, but the header alone has {_HEADER.size}")
+    _, version, code, sequences, documents = _HEADER.unpack(raw)
+    if version != VERSION:
+        raise UserError(
+            f"{path} has version {version}",
+            rule=f"this megascale reads version {VERSION}",
+            remedy=_TOKENISE_AGAIN,
+        )
+    dtype = np.dtype(DTYPE_CODES.get(code, np.float64))
+    if dtype.kind not in "iu":
+        raise UserError(
+            f"{path} has the dtype code {code}",
+            rule="token ids are integers: dtype codes 1, 2, 3, 4, 5 and 8",
+            remedy=_TOKENISE_AGAIN,
+        )
+    expected = _HEADER.size + 12 * sequences + 8 * documents
+    if actual not in (expected, expected + sequences):
+        what = f"{actual} bytes, but {sequences} sequences and {documents - 1} documents"
+        raise _damaged(path, f"{what} need {expected}")
+    if documents < 1:
+        raise _damaged(path, "the document indices are missing")
+    return dtype.newbyteorder("<"), sequences, documents
+
+
+def read_index(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(sequence lengths (S,) int32, document indices (D,) int64) of an index, without its .bin.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    path = idx_path(prefix)
+    if not path.is_file():
+        raise _damaged(path, "it is missing")
+    _, sequences, documents = read_header(path)
+    index = np.memmap(path, dtype=np.uint8, mode="r")
+    lengths = np.frombuffer(index, "<i4", sequences, _HEADER.size)
+    return lengths, np.frombuffer(index, "<i8", documents, _HEADER.size + 12 * sequences)
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is truncated or damaged: {what}",
+        rule="the .idx holds 34 bytes, 12 a sequence, and 8 a document and one more",
+        remedy=f"copy both files again, or {_TOKENISE_AGAIN}",
+    )

@@ -30,6 +30,13 @@ _BERT_NAMES = {
     "mask": ("[MASK]", "<mask>"),
     "pad": ("[PAD]", "<pad>"),
 }
+# Of each row the names belong together: prefix, suffix, middle.
+_MIDDLE_NAMES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
 _WHAT_IS_READ = (
     "a tokenizer is a local Hugging Face tokenizer folder, a tokenizer.json, "
     "or a sentencepiece .model file"
@@ -133,6 +140,23 @@ class Tokenizer(ABC):
                 "(or `--kind bpe --bert`)",
             )
         return self.bert_tokens
+
+    def require_middle_tokens(self) -> tuple[int, int, int]:
+        """Ids of the prefix, suffix and middle tokens of fill-in-the-middle.
+
+        Raises:
+            UserError: the vocabulary has no such three.
+        """
+        for names in _MIDDLE_NAMES:
+            prefix, suffix, middle = (self._token_id(name) for name in names)
+            if prefix is not None and suffix is not None and middle is not None:
+                return prefix, suffix, middle
+        raise UserError(
+            f"the tokenizer (vocab_size {self.vocab_size}) has no tokens for fill-in-the-middle",
+            rule=f"data.fim_rate needs {', or '.join(' '.join(names) for names in _MIDDLE_NAMES)}",
+            remedy="add them to the tokenizer's special tokens before tokenizing, or set "
+            "data.fim_rate=0",
+        )
 
     @functools.cached_property
     def eod_id(self) -> int:

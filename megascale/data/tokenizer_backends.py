@@ -5,6 +5,7 @@ Each class imports its library when it is used: transformers alone takes seconds
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -46,6 +47,11 @@ class FastTokenizer(Tokenizer):
 
         return cls(tokenizers.Tokenizer.from_file(str(path)), eos_token)
 
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What the tokenizer.json says."""
+        return self._definition
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -53,11 +59,11 @@ class FastTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         return max(self._vocabulary.values()) + 1
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         canonical = json.dumps(self._definition, sort_keys=True, ensure_ascii=False)
         return xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass"))

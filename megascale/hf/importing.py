@@ -81,12 +81,7 @@ def import_model(
         UserError: a family, setting, tensor or vocabulary that does not fit (all are listed).
     """
     storage = Storage(out)
-    if storage.exists() and storage.fs.ls(storage.root):
-        raise UserError(
-            f"{out} exists and is not empty",
-            rule="an import does not overwrite anything",
-            remedy="choose another folder",
-        )
+    require_empty(storage)
     source = open_source(path)
     try:
         family = family_of(source.config, source.where)
@@ -97,8 +92,8 @@ def import_model(
         entries = family.entries(shapes, config.model.num_layers)
         match = match_tensors(source, family, entries, shapes, config.model.num_attention_heads)
         files = source.tokenizer_files()
-        _check_vocabulary(files, config.model, source.where)
-        tensors = _streams(source, entries, match.stored, shapes, config, dtype)
+        check_vocabulary(files, config.model, source.where)
+        tensors = parameter_streams(source, entries, match.stored, shapes, config, dtype)
         attachments = {f"tokenizer/{name}": content for name, content in files.items()}
         attachments["config.yaml"] = dump_config(config).encode()
         write_weights(
@@ -113,7 +108,7 @@ def import_model(
         source.close()
     checkpoint = storage.path("checkpoints", "step_00000000")
     with storage.open_write("config.yaml") as stream:
-        stream.write(_config_text(config, checkpoint, storage, source.where).encode())
+        stream.write(config_text(config, checkpoint, storage, source.where).encode())
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     return Imported(
         checkpoint,
@@ -123,6 +118,16 @@ def import_model(
         match.drawn,
         match.left_out,
     )
+
+
+def require_empty(storage: Storage) -> None:
+    """Raise a UserError when something is in the folder that an import would write to."""
+    if storage.exists() and storage.fs.ls(storage.root):
+        raise UserError(
+            f"{storage.url} exists and is not empty",
+            rule="an import does not overwrite anything",
+            remedy="choose another folder",
+        )
 
 
 def _objective(source: TensorSource, family: Family, wanted: str | None) -> dict[str, str]:
@@ -142,7 +147,7 @@ def _objective(source: TensorSource, family: Family, wanted: str | None) -> dict
     return {"sentence_objective": wanted or ("nsp" if has_head else "none")}
 
 
-def _streams(
+def parameter_streams(
     source: TensorSource,
     entries: list[Entry],
     names: Mapping[str, str],
@@ -150,6 +155,12 @@ def _streams(
     config: Config,
     dtype: torch.dtype | None,
 ) -> Iterator[TensorStream]:
+    """Our parameters in the order of `entries`, made from their tensors while they are written.
+
+    Args:
+        names: their name -> the name in `source`; a parameter without one is drawn.
+        dtype: in which they are written; None: each as it is found.
+    """
     heads = config.model.num_attention_heads
     for entry in entries:
         stored = names.get(entry.theirs)
@@ -204,7 +215,8 @@ class _Part:
         yield parts[self.index].to(self.dtype)
 
 
-def _check_vocabulary(files: Mapping[str, bytes], model: ModelConfig, where: str) -> None:
+def check_vocabulary(files: Mapping[str, bytes], model: ModelConfig, where: str) -> None:
+    """Raise a UserError when a tokenizer has more ids than the embedding has rows."""
     if not files:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +233,7 @@ def _check_vocabulary(files: Mapping[str, bytes], model: ModelConfig, where: str
         )
 
 
-def _config_text(config: Config, checkpoint: str, storage: Storage, where: str) -> str:
+def config_text(config: Config, checkpoint: str, storage: Storage, where: str) -> str:
     """A config file that trains on from the import; data.path is left to the user."""
     defaults = ModelConfig().model_dump(mode="json")
     given = config.model.model_dump(mode="json")

@@ -58,6 +58,53 @@ class TensorSource(Protocol):
         ...
 
 
+def read_model_folder(path: str) -> tuple[Mapping[str, Any], dict[str, bytes]]:
+    """config.json and the tokenizer's files of a model whose weights are elsewhere.
+
+    Args:
+        path: its folder, or the config.json alone.
+
+    Raises:
+        UserError: no such file, or not the JSON of transformers.
+    """
+    folder, _, name = path.rpartition("/")
+    alone = name == "config.json" or name.endswith(".json")
+    storage = Storage((folder or ".") if alone else path)
+    config = _read_json(storage, name if alone else "config.json")
+    names = [] if alone else [name for name in _TOKENIZER_FILES if storage.exists(name)]
+    return config, {name: _read_bytes(storage, name) for name in names}
+
+
+def _read_bytes(storage: Storage, name: str) -> bytes:
+    with storage.open_read(name) as stream:
+        return stream.read()
+
+
+def _read_json(storage: Storage, name: str) -> dict[str, Any]:
+    if not storage.exists(name):
+        raise UserError(
+            f"{storage.root} has no {name}",
+            rule="a Hugging Face model is a folder with config.json and safetensors files, "
+            "or a .gguf file",
+            remedy="give the folder that save_pretrained wrote; nothing is downloaded by name",
+        )
+    try:
+        content = json.loads(_read_bytes(storage, name))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{storage.path(name)} is not JSON: {error}",
+            rule="it must be the JSON object that transformers wrote",
+            remedy="copy the folder again",
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{storage.path(name)} holds no JSON object",
+            rule="it must be the JSON object that transformers wrote",
+            remedy="copy the folder again",
+        )
+    return content
+
+
 class SafetensorsFolder:
     """What `save_pretrained` wrote: config.json, one or several safetensors files, a tokenizer.
 
@@ -72,7 +119,7 @@ class SafetensorsFolder:
     def __init__(self, path: str) -> None:
         self._storage = Storage(path)
         self.where = self._storage.root
-        self.config: Mapping[str, Any] = self._read_config()
+        self.config: Mapping[str, Any] = _read_json(self._storage, "config.json")
         self._open: dict[str, TensorFile] = {}
         self._files: dict[str, str] = {}
         for file in self._weight_files():
@@ -106,7 +153,8 @@ class SafetensorsFolder:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """See `TensorSource.tokenizer_files`."""
-        return {name: self._bytes(name) for name in _TOKENIZER_FILES if self._storage.exists(name)}
+        present = [name for name in _TOKENIZER_FILES if self._storage.exists(name)]
+        return {name: _read_bytes(self._storage, name) for name in present}
 
     def close(self) -> None:
         """See `TensorSource.close`."""
@@ -116,43 +164,12 @@ class SafetensorsFolder:
     def _file(self, name: str) -> TensorFile:
         return self._open[self._files[name]]
 
-    def _bytes(self, name: str) -> bytes:
-        with self._storage.open_read(name) as stream:
-            return stream.read()
-
-    def _read_config(self) -> dict[str, Any]:
-        if not self._storage.exists("config.json"):
-            raise UserError(
-                f"{self.where} has no config.json",
-                rule="a Hugging Face model is a folder with config.json and safetensors files, "
-                "or a .gguf file",
-                remedy="give the folder that save_pretrained wrote; nothing is downloaded by name",
-            )
-        return self._json("config.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads(self._bytes(name))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self._storage.path(name)} is not JSON: {error}",
-                rule="it must be the JSON object that transformers wrote",
-                remedy="copy the folder again",
-            ) from error
-        if not isinstance(content, dict):
-            raise UserError(
-                f"{self._storage.path(name)} holds no JSON object",
-                rule="it must be the JSON object that transformers wrote",
-                remedy="copy the folder again",
-            )
-        return content
-
     def _weight_files(self) -> list[str]:
         if self._storage.exists(_SINGLE):
             return [_SINGLE]
         if not self._storage.exists(_INDEX):
             raise self._no_safetensors()
-        index = self._json(_INDEX).get("weight_map")
+        index = _read_json(self._storage, _INDEX).get("weight_map")
         files = sorted(set(index.values())) if isinstance(index, dict) else []
         missing = [name for name in files if not self._storage.exists(name)]
         if missing or not files:

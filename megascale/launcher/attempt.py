@@ -7,7 +7,7 @@
 
 An attempt is one start of a job by Slurm. Its folder RUN/attempts/NUMBER holds begin.json (job,
 nodes, newest checkpoint), started.json and outcome.json of rank 0, notes of ranks that failed,
-`asked` (why the batch script wanted it to end) and end.json. Neither torch nor pydantic is imported:
+`asked` (why the batch script wanted it to end) and end.json. Neither torch nor pydantic is loaded:
 these commands run in every batch script, and take 0.2 s of CPU time.
 """
 

@@ -172,7 +172,7 @@ def check_paths(config: Config) -> None:
     Raises:
         UserError: as said.
     """
-    sources = [part.path for part in config.data.weighted_paths]
+    sources = list(config.data.source_paths)
     sources += [str(path) for path in config.data.validation.values()]
     for path in sources:
         if "://" not in path and not Path(path).exists() and not Path(f"{path}.bin").exists():

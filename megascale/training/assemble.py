@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from megascale import __version__
-from megascale.checkpoint.lock import RunLock
 from megascale.checkpoint.manager import CheckpointManager
-from megascale.checkpoint.ranks import Ranks, agree, make_ranks
+from megascale.checkpoint.ranks import make_ranks
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.config.load import dump_config
 from megascale.config.schema import Config
 from megascale.data.atomic_files import write_file
 from megascale.data.batch_size import batch_size_schedule
+from megascale.data.ledger import Ledger
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.engine.capabilities import choose_engine
@@ -46,20 +46,22 @@ from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
 from megascale.training.callbacks.console import ConsoleCallback
 from megascale.training.callbacks.early_stop import EarlyStopCallback
+from megascale.training.callbacks.ledger import LedgerCallback
 from megascale.training.callbacks.metrics_file import MetricsFileCallback
 from megascale.training.callbacks.samples import SampleCallback
 from megascale.training.callbacks.save_requests import SaveRequests
 from megascale.training.callbacks.tensorboard import TensorBoardCallback
 from megascale.training.callbacks.validation import ValidationCallback
+from megascale.training.data_record import run_attachments, run_constants
 from megascale.training.datasets import (
     Corpora,
     RunData,
     open_corpora,
     resolve_vocab_size,
-    tokenizer_files,
 )
 from megascale.training.hardware import peak_flops
 from megascale.training.initial_weights import load_initial_weights, open_initial_weights
+from megascale.training.output import open_output, run_manager
 from megascale.training.resume import load_state, require_same_data
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts
@@ -99,8 +101,7 @@ def assemble(
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
     ranks = make_ranks()
-    lock = _open_output(config, ranks)
-    manager = run_manager(config, ranks, lock)
+    manager = run_manager(config, ranks, open_output(config, ranks))
     try:
         return _assemble(config, corpora, mesh, device, manager, resume, say, console)
     except BaseException:
@@ -129,18 +130,19 @@ def _assemble(
     state = TrainState()
     saved: dict[str, Any] = {}
     if reader is not None:
-        require_same_data(reader, corpora.fingerprint, config.run.seed)
+        require_same_data(reader, config, corpora)
         state, saved = load_state(reader, engine, mesh)
         say(f"resumed from {reader.storage.root} at step {state.step}")
     if initial is not None:
-        load_initial_weights(initial, engine)
+        state.updates = load_initial_weights(initial, engine, config.checkpoint.init_optimizer)
         say(f"initial weights from {initial.storage.root}")
     if mesh.is_main:  # not before: a refused resume leaves the run's own config as it was
         write_file(Path(config.run.output_dir) / "config.yaml", dump_config(config).encode())
 
-    parts = _step_parts(config, task, data, engine, mesh, device)
+    parts = _step_parts(config, data, engine, mesh, device)
     average = _weight_average(config, engine, reader)
-    callbacks = [*average, *_callbacks(config, corpora, data, mesh, manager, console)]
+    ledger = LedgerCallback(parts.ledger)
+    callbacks = [*average, ledger, *_callbacks(config, corpora, data, mesh, manager, console)]
     for callback in callbacks:
         if callback.name in saved:
             callback.load_state_dict(saved[callback.name])
@@ -149,6 +151,8 @@ def _assemble(
     enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))
     trainer = Trainer(parts, state, config.train.max_steps, callbacks, enrich, say)
     say(_headline(config, task, mesh, device))
+    for note in data.notes:
+        say(note)
     return Run(config, trainer, engine, corpora, data)
 
 
@@ -171,7 +175,7 @@ def assemble_step(
     data = task.open_data(corpora)
     start = task if weights_of is None else build_task(resolve_vocab_size(weights_of, corpora))
     engine = assemble_engine(config, task, mesh, device, start)
-    return _step_parts(config, task, data, wrap(engine) if wrap else engine, mesh, device)
+    return _step_parts(config, data, wrap(engine) if wrap else engine, mesh, device)
 
 
 def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
@@ -188,7 +192,6 @@ def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
 
 def _step_parts(
     config: Config,
-    task: Task,
     data: RunData,
     engine: Engine,
     mesh: ParallelMesh,
@@ -201,6 +204,7 @@ def _step_parts(
         train.micro_batch_size,
         mesh.dp_rank,
         mesh.dp_size,
+        vocab_size=config.model.vocab_size,
     )
     return StepParts(
         engine=engine,
@@ -208,7 +212,7 @@ def _step_parts(
         schedule=build_schedule(config),
         mesh=mesh,
         device=device,
-        tokens_per_sample=task.tokens_per_sample(),
+        ledger=Ledger(data.train, config.data.source_paths),
     )
 
 
@@ -367,17 +371,12 @@ def _callbacks(
         callbacks.append(ConsoleCallback(console, config.logging.log_interval))
     if config.logging.tensorboard:
         callbacks.append(TensorBoardCallback(output / "tensorboard"))
-    attachments = {
-        "config.yaml": dump_config(config).encode(),
-        **tokenizer_files(corpora.tokenizer),
-    }
-    constants = {"data_fingerprint": corpora.fingerprint, "seed": config.run.seed}
     callbacks.append(
         CheckpointCallback(
             manager,
             config.checkpoint.save_interval,
-            constants,
-            attachments,
+            run_constants(config, corpora),
+            run_attachments(config, corpora),
             config.checkpoint.keep_best,
             SaveRequests(output, config.checkpoint.save_minutes),
         )
@@ -434,48 +433,6 @@ def _find_checkpoint(
     if reader is None:
         say(f"--resume: no checkpoint in {manager.root} yet, starting from step 0")
     return reader
-
-
-def run_manager(
-    config: Config, ranks: Ranks | None = None, lock: RunLock | None = None
-) -> CheckpointManager:
-    """The checkpoints of the config's run."""
-    saving = config.checkpoint
-    return CheckpointManager(
-        saving.folder or f"{config.run.output_dir}/checkpoints",
-        saving.keep_last,
-        saving.keep_every,
-        asynchronous=saving.async_save,
-        staging=saving.staging_dir,
-        ranks=ranks,
-        lock=lock,
-    )
-
-
-def _open_output(config: Config, ranks: Ranks) -> RunLock | None:
-    """Create the run's folder and lock it, so that what cannot work is refused at once.
-
-    Returns:
-        The lock, on rank 0.
-    """
-    held: list[RunLock] = []
-
-    def open_it() -> None:
-        if ranks.rank:
-            return
-        output = Path(config.run.output_dir)
-        try:
-            (output / "logs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to run.output_dir {output}: {error.strerror}",
-                rule="a run needs a folder that it may write to",
-                remedy="choose another run.output_dir, or free space",
-            ) from error
-        held.append(RunLock(str(output)))
-
-    agree(ranks, open_it)
-    return held[0] if held else None
 
 
 def _speaker(console: Console | None, mesh: ParallelMesh) -> Callable[[str], None]:

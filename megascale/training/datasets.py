@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from posixpath import normpath
 from typing import Literal
 
 import xxhash
 
 from megascale.config.schema import Config
-from megascale.data.blend import BlendedDataset
+from megascale.data.blend import BlendedDataset, Stage
 from megascale.data.corpus import TokenCorpus
-from megascale.data.protocol import FiniteSampleSource, SampleSource
+from megascale.data.packed_dataset import PackedDataset
+from megascale.data.protocol import FiniteSampleSource, TrainingSource
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
 
@@ -26,14 +28,12 @@ class Corpora:
     """The opened datasets of a config and the one tokenizer that they share.
 
     Attributes:
-        corpora: in the order of the config's paths.
-        weights: sampling weights, one a corpus.
+        corpora: in the order of `DataConfig.source_paths`.
         tokenizer: None when only Megatron prefixes without data.tokenizer are given.
         validation: the sets of data.validation by name.
     """
 
     corpora: tuple[TokenCorpus, ...]
-    weights: tuple[float, ...]
     tokenizer: Tokenizer | None
     validation: dict[str, TokenCorpus] = field(default_factory=dict)
 
@@ -50,23 +50,26 @@ class RunData:
     """What a run reads.
 
     Attributes:
-        train: the endless training stream.
+        train: the endless training stream, over the corpora in their order.
         held_out: "valid" and "test" (where the split has them) -> one finite dataset a corpus,
             and the name of each set of data.validation -> that set.
+        notes: lines that the user is told, about what packing did.
     """
 
-    train: SampleSource
+    train: BlendedDataset
     held_out: dict[str, tuple[FiniteSampleSource, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def open_corpora(config: Config) -> Corpora:
-    """Open every dataset of data.path and data.validation and check that they belong together.
+    """Open every dataset of the config and check that they belong together.
 
     Raises:
-        UserError: missing or damaged data, or datasets of different tokenizers.
+        UserError: missing or damaged data, the same data twice, or datasets of different
+            tokenizers.
     """
-    paths = config.data.weighted_paths
-    corpora = tuple(TokenCorpus.open(part.path) for part in paths)
+    corpora = tuple(TokenCorpus.open(path) for path in config.data.source_paths)
+    _require_different(corpora)
     validation = {name: TokenCorpus.open(path) for name, path in config.data.validation.items()}
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     origin = config.data.tokenizer or ""
@@ -83,7 +86,19 @@ def open_corpora(config: Config) -> Corpora:
                 rule="all data of a run must come from one tokenizer",
                 remedy="tokenise the texts again with the same --tokenizer",
             )
-    return Corpora(corpora, tuple(part.weight for part in paths), tokenizer, validation)
+    return Corpora(corpora, tokenizer, validation)
+
+
+def _require_different(corpora: tuple[TokenCorpus, ...]) -> None:
+    seen: dict[str, TokenCorpus] = {}
+    for corpus in corpora if len(corpora) > 1 else ():
+        other = seen.setdefault(corpus.fingerprint, corpus)
+        if other is not corpus:
+            raise UserError(
+                f"{other.path} and {corpus.path} hold the same data",
+                rule="a dataset is given once; its samples would come twice as two sources",
+                remedy="name it by one path, with the sum of the weights",
+            )
 
 
 def resolve_vocab_size(config: Config, corpora: Corpora) -> Config:
@@ -113,7 +128,7 @@ def resolve_vocab_size(config: Config, corpora: Corpora) -> Config:
 def open_run_data(
     config: Config,
     corpora: Corpora,
-    training_set: Callable[[TokenCorpus, TokenRange], SampleSource],
+    training_set: Callable[[TokenCorpus, TokenRange], TrainingSource],
     evaluation_set: Callable[[TokenCorpus, TokenRange], FiniteSampleSource],
 ) -> RunData:
     """Training and held-out samples over the split of every corpus.
@@ -134,7 +149,25 @@ def open_run_data(
         )
     for name, corpus in corpora.validation.items():
         held_out[name] = (evaluation_set(corpus, (0, corpus.num_tokens)),)
-    return RunData(_blend(train, corpora.weights, config.run.seed), held_out)
+    notes = tuple(
+        f"{config.data.packing} of {corpus.path}: {dataset.report}"
+        for corpus, dataset in zip(corpora.corpora, train, strict=True)
+        if isinstance(dataset, PackedDataset)
+    )
+    return RunData(BlendedDataset(train, stages_of(config), config.run.seed), held_out, notes)
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """The mixes of the config over its sources, in the order of `DataConfig.source_paths`."""
+    numbers = {normpath(path): number for number, path in enumerate(config.data.source_paths)}
+    return tuple(
+        Stage(
+            stage.from_sample,
+            tuple(numbers[normpath(source.path)] for source in stage.sources),
+            tuple(source.weight for source in stage.sources),
+        )
+        for stage in config.data.resolved_stages
+    )
 
 
 def require_mode(corpus: TokenCorpus, mode: Literal["gpt", "bert"]) -> None:
@@ -164,7 +197,3 @@ def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
             for file in sorted(Path(folder).rglob("*"))
             if file.is_file()
         }
-
-
-def _blend(datasets: list[SampleSource], weights: Sequence[float], seed: int) -> SampleSource:
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights, seed)

@@ -76,7 +76,7 @@ def _corpora(model: LoadedModel, data: str | None) -> Corpora:
         corpora = open_corpora(config)
     else:
         corpus = TokenCorpus.open(data)
-        corpora = Corpora((corpus,), (1.0,), corpus.tokenizer or model.tokenizer)
+        corpora = Corpora((corpus,), corpus.tokenizer or model.tokenizer)
     trained, found = model.tokenizer, corpora.tokenizer
     if trained is not None and found is not None and trained.fingerprint != found.fingerprint:
         raise UserError(

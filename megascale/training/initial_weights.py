@@ -1,4 +1,4 @@
-"""A new run that starts from the weights of a checkpoint, with everything else fresh.
+"""A new run that starts from the weights of a checkpoint, and its moments where they are wanted.
 
 The checkpoint may be an import from Hugging Face or one of another run; it is read by fragments,
 so that any engine and ZeRO stage takes it.
@@ -47,11 +47,41 @@ def open_initial_weights(path: str, task: Task, tokenizer: Tokenizer | None) -> 
     return reader
 
 
-def load_initial_weights(reader: CheckpointReader, engine: Engine) -> None:
-    """Fill the engine's weights from `reader` and close it; the optimizer's state stays fresh."""
+def load_initial_weights(
+    reader: CheckpointReader, engine: Engine, with_optimizer: bool = False
+) -> int:
+    """Fill the engine's weights from `reader` and close it; returns the updates they have seen.
+
+    Args:
+        with_optimizer: whether the moments are taken, too, and the optimizer counts on from their
+            updates; without it the optimizer's state stays fresh, and 0 is returned.
+
+    Raises:
+        UserError: moments are wanted that the checkpoint does not hold.
+    """
+    kinds: tuple[str, ...] = ("master",)
+    updates = 0
+    if with_optimizer:
+        kinds, updates = engine.state_kinds, _updates(reader, engine)
     with torch.no_grad():
-        everything = engine.prepare_load(updates=0)
-        masters = [fragment for fragment in everything if fragment.kind == "master"]
-        fill_all(reader, masters, make_ranks())
+        wanted = [fragment for fragment in engine.prepare_load(updates) if fragment.kind in kinds]
+        fill_all(reader, wanted, make_ranks())
     engine.finish_load()
     reader.close()
+    return updates
+
+
+def _updates(reader: CheckpointReader, engine: Engine) -> int:
+    """How many updates the moments in a checkpoint have seen, of a run or of an import."""
+    state = reader.manifest.state
+    updates = int(state.get("train", state).get("updates", 0))
+    missing = [kind for kind in engine.state_kinds if kind not in reader.manifest.kinds]
+    if missing or not updates:
+        what = f"has no {', '.join(missing)}" if missing else "was taken before the first update"
+        raise UserError(
+            f"checkpoint.init_optimizer: {reader.storage.root} {what}",
+            rule=f"this run's optimizer keeps {', '.join(engine.state_kinds[1:])}",
+            remedy="set checkpoint.init_optimizer=false to begin with fresh moments, or use the "
+            "optimizer that the checkpoint was trained with",
+        )
+    return updates

@@ -10,18 +10,21 @@ import torch.distributed as dist
 from megascale.checkpoint.ranks import make_ranks
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.checkpoint.sharing import fill_all
+from megascale.config.schema import Config
 from megascale.engine.protocol import Engine
 from megascale.errors import UserError
 from megascale.parallel.mesh import ParallelMesh
+from megascale.training.data_record import require_same_samples
+from megascale.training.datasets import Corpora
 from megascale.training.state import TrainState
 
 
-def require_same_data(reader: CheckpointReader, fingerprint: str, seed: int) -> None:
+def require_same_data(reader: CheckpointReader, config: Config, corpora: Corpora) -> None:
     """Refuse to continue on other data or another order: samples would be lost or repeated.
 
     Raises:
-        UserError: the fingerprint or the seed differs from the checkpoint's, or it is no
-            checkpoint of a run.
+        UserError: a dataset that was read, its mix, or the seed differs from the checkpoint's, or
+            it is no checkpoint of a run.
     """
     state = reader.manifest.state
     if "train" not in state:
@@ -31,12 +34,8 @@ def require_same_data(reader: CheckpointReader, fingerprint: str, seed: int) -> 
             remedy="start a new run with checkpoint.init_from set to it, and another "
             "run.output_dir",
         )
-    if state.get("data_fingerprint") != fingerprint:
-        raise UserError(
-            f"data.path has the fingerprint {fingerprint}",
-            rule=f"checkpoint {reader.storage.root} was trained on {state.get('data_fingerprint')}",
-            remedy="give the dataset that the run began with, or start a new run.output_dir",
-        )
+    require_same_samples(reader, config, corpora, int(state["train"]["samples_seen"]))
+    seed = config.run.seed
     if state.get("seed") != seed:
         raise UserError(
             f"run.seed {seed}",

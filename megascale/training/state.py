@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from megascale.data.ledger import SourceCount
 
 
 @dataclass
@@ -14,7 +17,7 @@ class TrainState:
         step: optimizer steps done, skipped ones included.
         updates: steps that changed the weights.
         samples_seen: samples consumed over all ranks: the position in the data.
-        tokens_seen: tokens consumed over all ranks.
+        tokens_seen: tokens consumed over all ranks; the padding of packed documents is none.
     """
 
     step: int = 0
@@ -45,6 +48,7 @@ class StepResult:
             weights were not changed; data and learning rate move on.
         step_time_s: wall-clock time of the step, seconds.
         mfu: model FLOPs per second over the measured or published peak, 0..1; None if unknown.
+        sources: what was read of each dataset up to this step.
         memory_bytes: resident set of this process on CPU, peak allocated on GPU.
     """
 
@@ -61,3 +65,4 @@ class StepResult:
     skipped: bool
     mfu: float | None = None
     memory_bytes: int | None = None
+    sources: Mapping[str, SourceCount] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megascale.data.ledger import Ledger
 from megascale.data.loader import BatchLoader
 from megascale.data.protocol import IGNORE_LABEL, label_names
 from megascale.engine.protocol import Engine
@@ -28,7 +29,7 @@ class StepParts:
     schedule: LearningRateSchedule
     mesh: ParallelMesh
     device: torch.device
-    tokens_per_sample: int
+    ledger: Ledger
 
 
 def train_step(parts: StepParts, state: TrainState) -> StepResult:
@@ -58,7 +59,8 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
     state.step += 1
     state.updates += not outcome.skipped
     state.samples_seen += batch_size
-    state.tokens_seen += batch_size * parts.tokens_per_sample
+    sources = parts.ledger.at(state.samples_seen)
+    tokens_before, state.tokens_seen = state.tokens_seen, sum(s.tokens for s in sources.values())
     elapsed = time.perf_counter() - started
     return StepResult(
         step=state.step,
@@ -69,9 +71,10 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
         samples_seen=state.samples_seen,
         tokens_seen=state.tokens_seen,
         step_time_s=elapsed,
-        tokens_per_second=batch_size * parts.tokens_per_sample / elapsed,
+        tokens_per_second=(state.tokens_seen - tokens_before) / elapsed,
         loss_scale=outcome.loss_scale,
         skipped=outcome.skipped,
+        sources=sources,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from data_prep.documents import DocumentUnit
 from data_prep.tokenize import TokenizeOptions, tokenize
@@ -29,6 +32,16 @@ def make_tokenizer(folder: Path, vocab_size: int = 270) -> Path:
     text.write_text("the quick brown fox jumps over the lazy dog, again and again.\n" * 40)
     train_tokenizer([str(text)], folder / "tokenizer", TrainTokenizerOptions(vocab_size))
     return folder / "tokenizer"
+
+
+def make_middle_tokenizer(tokenizer: Path) -> Path:
+    """The same tokenizer with the three tokens of fill-in-the-middle beside it."""
+    folder = tokenizer.parent / f"{tokenizer.name}_middle"
+    shutil.copytree(tokenizer, folder)
+    model = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model.add_special_tokens([f"<|fim_{part}|>" for part in ("prefix", "suffix", "middle")])
+    model.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def make_dataset(folder: Path, tokenizer: Path, *, documents: int = 60, shift: int = 0) -> Path:

@@ -27,7 +27,7 @@ PROMISED = {
     *("step", "loss", "lr", "grad_norm", "samples_seen", "tokens_seen"),
     *("step_time_s", "tokens_per_second", "loss_scale", "skipped"),
 }
-ADDED = {"mfu", "memory_bytes", "global_batch_size"}
+ADDED = {"sources", "mfu", "memory_bytes", "global_batch_size"}
 QUIET = ("logging.tensorboard=false",)  # its import takes seconds
 ON_A_VALIDATED_STEP = {"valid_loss", "valid_perplexity", "valid_tokens"}
 
@@ -103,6 +103,9 @@ def test_metrics_has_one_whole_line_a_step(place: Workplace, alone: runs.Done) -
     for line in lines:
         validated = ON_A_VALIDATED_STEP if line["step"] % 3 == 0 else set()
         assert set(line) == PROMISED | ADDED | validated
+        ((source, count),) = line.pop("sources").items()
+        assert source == str(place.data)
+        assert (count["samples"], count["tokens"]) == (line["samples_seen"], line["tokens_seen"])
         assert all(math.isfinite(value) for value in line.values())
         assert line["samples_seen"] == 4 * line["step"]
         assert line["tokens_seen"] == 16 * line["samples_seen"]

@@ -20,7 +20,12 @@ import torch
 from megascale.config.schema import leaf_fields
 from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
-from tests.integration.runs import make_dataset, make_tokenizer, settings
+from tests.integration.runs import (
+    make_dataset,
+    make_middle_tokenizer,
+    make_tokenizer,
+    settings,
+)
 
 STEPS = 4
 
@@ -44,6 +49,11 @@ class Row:
     world: int = 1
 
 
+def _stage(start: int, *paths: str) -> dict[str, Any]:
+    sources = [{"path": path, "weight": 1.0} for path in paths]
+    return {"from_sample": start, "sources": sources}
+
+
 _VALIDATES = {"evaluation.interval": 1}
 _SGD = {"optimizer.name": "sgd"}
 _FP16 = {"precision.dtype": "fp16"}
@@ -59,6 +69,7 @@ _LLAMA3 = {
     "model.rope_original_length": 64,
 }
 _BERT = {"model.family": "bert", "data.path": "{bert_data}"}
+_MIDDLE = {"data.path": "{middle}", "data.fim_rate": 1.0, "data.fim_spm_rate": 0.0}
 _PIPELINE = {
     "parallel.pipeline_parallel_size": 2,
     "model.num_layers": 3,
@@ -131,6 +142,16 @@ ROWS = (
         ("files",),
         {"data.path": "{prefix}", "model.vocab_size": 270},
     ),
+    Row(
+        "data.stages",
+        [_stage(0, "{data}"), _stage(2, "{data}", "{other}")],
+        ("samples", "losses", "sources"),
+        {"data.path": None, "data.stages": [_stage(0, "{data}")]},
+    ),
+    Row("data.packing", "best_fit", ("samples", "losses", "sources", "notes")),
+    Row("data.packing", "one_document", ("samples", "losses", "sources", "notes")),
+    Row("data.fim_rate", 1.0, ("samples", "losses"), {"data.path": "{middle}"}),
+    Row("data.fim_spm_rate", 1.0, ("samples", "losses"), _MIDDLE),
     Row("data.isolate_documents", True, ("samples", "losses")),
     Row("data.masking", "whole_word", ("samples", "losses"), _BERT),
     Row("data.masking", "ngram", ("samples", "losses"), _BERT),
@@ -242,6 +263,7 @@ ROWS = (
     Row("checkpoint.async_save", True, ("console_saved",)),
     Row("checkpoint.staging_dir", "{folder}/staging", ("files",)),
     Row("checkpoint.init_from", "{weights}", ("losses",)),
+    Row("checkpoint.init_optimizer", True, ("losses",), {"checkpoint.init_from": "{weights}"}),
     Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),
@@ -316,6 +338,8 @@ def _written(output: str, folder: str, console: str, trainer: Any) -> dict[str, 
         "grad_norms": [line["grad_norm"] for line in lines],
         "samples_seen": [line["samples_seen"] for line in lines],
         "loss_scales": [line["loss_scale"] for line in lines],
+        "sources": [[list(count.values()) for count in line["sources"].values()] for line in lines],
+        "notes": [line.split(" of ")[0] for line in console.splitlines() if "padding" in line],
         "console": [
             line.split("  loss")[0] for line in console.splitlines() if "grad norm" in line
         ],
@@ -363,6 +387,8 @@ class Observer:
     def _filled(self, value: Any, folder: Path) -> Any:
         if isinstance(value, dict):
             return {key: self._filled(item, folder) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._filled(item, folder) for item in value]
         return value.format(folder=folder, **self.names) if isinstance(value, str) else value
 
     def base(self, changes: Mapping[str, Any], world: int = 1) -> dict[str, Any]:
@@ -378,11 +404,13 @@ def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer
     root = tmp_path_factory.mktemp("effects")
     (root / "other").mkdir()
     (root / "bert").mkdir()
+    (root / "middle").mkdir()
     tokenizer = make_tokenizer(root)
     data = make_dataset(root, tokenizer)
     names = {
         "data": str(data),
         "other": str(make_dataset(root / "other", tokenizer, shift=3)),
+        "middle": str(make_dataset(root / "middle", make_middle_tokenizer(tokenizer))),
         "bert_data": str(make_bert_dataset(root / "bert")),
         "prefix": str(data / "shard_00000"),
         "tokenizer": str(tokenizer),

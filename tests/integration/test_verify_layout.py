@@ -13,7 +13,7 @@ import torch
 from megascale.cli.config import all_checks
 from megascale.config.load import load_config
 from megascale.errors import UserError
-from megascale.verification.compare import FP32, Verdict, compare
+from megascale.verification.compare import FP32, TOLERANCES, Verdict, compare
 from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
 from megascale.verification.record import read_record, record_run
 from tests.distributed import Pools
@@ -67,6 +67,23 @@ def test_what_is_right_agrees(
     verdict = _verdict(pools, token_prefix, expected, tmp_path, layout)
     assert verdict.first is None
     assert 0 <= verdict.gradient < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_cut_sequence_in_half_precision(
+    pools: Pools, token_prefix: Path, tmp_path: Path, dtype: str
+) -> None:
+    settings = settings_of(token_prefix, {**MODEL, "precision.dtype": dtype})
+    ring = Layout(cp=2, method="ring", zero=1, engine="torch")
+    for layout in (SINGLE, ring):
+        run_on = pools(layout.world_size)
+        run_on.run(_record, settings=settings, folder=str(tmp_path), layout=layout)
+    found = read_record(tmp_path / str(ring), 2)
+    reference = read_record(tmp_path / str(SINGLE), 1)
+    with contextlib.closing(found), contextlib.closing(reference):
+        verdict = compare(found, reference, ring, TOLERANCES[dtype], micro=4, lr=0.1)
+        assert verdict.first is None, verdict.first
+        assert verdict.gradient > FP32.gradient  # it did compute in half precision
 
 
 def test_layouts_are_parsed_and_refused() -> None:

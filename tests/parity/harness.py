@@ -15,6 +15,7 @@ from megascale.cli.config import all_checks
 from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.data.batch_size import batch_size_schedule
+from megascale.data.ledger import Ledger
 from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
 from megascale.parallel.fragment import Fragment, global_runs
@@ -128,7 +129,7 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
         schedule=build_schedule(config),
         mesh=mesh,
         device=cpu,
-        tokens_per_sample=task.tokens_per_sample(),
+        ledger=Ledger(data.train, config.data.source_paths),
     )
     valid = evaluation_loaders(data.held_out["valid"], train.micro_batch_size, mesh)
     return Setup(engine, parts, valid, mesh)

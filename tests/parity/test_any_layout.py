@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megascale.checkpoint.compare import differences
 from megascale.checkpoint.manager import CheckpointManager
+from megascale.checkpoint.ranks import make_ranks
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.training.resume import load_state
 from megascale.training.state import TrainState
@@ -59,10 +61,9 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def _settings(prefix: Path, text: str) -> dict[str, Any]:
+def _settings(prefix: Path, text: str, **changes: Any) -> dict[str, Any]:
     layout = parse_layouts(text)[0]
-    changes = dict(SHAPE)
-    settings = settings_of(prefix, changes)
+    settings = settings_of(prefix, {**SHAPE, **changes})
     settings["parallel"] = {
         "tensor_parallel_size": layout.tp,
         "sequence_parallel": bool(layout.sp),
@@ -120,19 +121,108 @@ def _load(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     return outcome
 
 
+def _again(settings: dict[str, Any], folder: str, out: str) -> None:
+    """Runs on every rank: load, and save what was loaded."""
+    setup = set_up(settings, other_start=True)
+    engine, ranks = setup.engine, make_ranks()
+    reader, notes = CheckpointManager(folder, ranks=ranks).open_newest_intact()
+    assert reader is not None, notes
+    state, callbacks = load_state(reader, engine, setup.mesh)
+    reader.close()
+    saved = {"train": state.state_dict(), "engine": engine.state_dict(), "callbacks": callbacks}
+    held = engine.fragments(engine.state_kinds, replicas=True)
+    owned = engine.fragments(engine.state_kinds)
+    CheckpointManager(out, ranks=ranks).save(state.step, owned, saved, {}, replicas=held)
+    engine.close()
+
+
+CHANGES = [  # layout and precision before, and after
+    ("tp=2,engine=torch", "fp32", "dp=2,zero=1,engine=deepspeed", "bf16"),
+    ("pp=2,vpp=2,schedule=interleaved,engine=torch", "bf16", "dp=2,zero=3,engine=torch", "fp32"),
+    (
+        *("pp=2,vpp=2,schedule=interleaved,engine=torch", "fp32"),
+        *("pp=2,vpp=2,schedule=zbv,engine=torch", "fp16"),
+    ),
+    ("pp=2,schedule=gpipe,engine=torch", "fp16", "tp=2,sp=1,engine=torch", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("source", "before", "target", "after"), CHANGES)
+def test_another_precision_or_schedule_keeps_every_bit(
+    pools: Pools,
+    token_prefix: Path,
+    tmp_path: Path,
+    source: str,
+    before: str,
+    target: str,
+    after: str,
+) -> None:
+    """Masters and moments are fp32 in all of them: loaded and saved again they are the same."""
+    scale = {"precision.initial_loss_scale_power": 8}
+    settings = [
+        _settings(
+            token_prefix, text, **{"precision.dtype": dtype, **(scale if dtype == "fp16" else {})}
+        )
+        for text, dtype in ((source, before), (target, after))
+    ]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    pools(2).run(_save, settings=settings[0], folder=first)
+    pools(2).run(_again, settings=settings[1], folder=first, out=second)
+    readers = [CheckpointReader(f"{root}/step_{AT_STEP:08d}") for root in (first, second)]
+    lines = [line for line in differences(*readers) if not line.startswith("state engine")]
+    assert lines == []
+
+
+HELD_OUT = {  # sizes that no other test has, none a multiple of the other's
+    "model.num_layers": 4,
+    "model.hidden_size": 28,
+    "model.num_attention_heads": 2,
+    "model.ffn_hidden_size": 54,
+    "model.seq_length": 18,
+    "model.vocab_size": 107,
+    "run.seed": 91,
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("tp=2,pp=2,dp=2,zero=1,engine=torch", "dp=1,engine=torch"),
+        ("dp=1,engine=torch", "tp=2,sp=1,dp=4,zero=1,engine=deepspeed"),
+    ],
+)
+def test_eight_ranks_to_one_and_back(
+    pools: Pools, token_prefix: Path, tmp_path: Path, source: str, target: str
+) -> None:
+    _journey(pools, token_prefix, tmp_path, source, target, HELD_OUT)
+
+
 @pytest.mark.parametrize(("source", "target"), JOURNEYS)
 def test_a_journey(
     pools: Pools, token_prefix: Path, tmp_path: Path, source: str, target: str
 ) -> None:
+    _journey(pools, token_prefix, tmp_path, source, target, {})
+
+
+def _journey(
+    pools: Pools,
+    prefix: Path,
+    tmp_path: Path,
+    source: str,
+    target: str,
+    changes: dict[str, Any],
+) -> None:
+    """Save in one layout, continue in the other; what is read and made is counted."""
     sizes = [parse_layouts(text)[0].world_size for text in (source, target)]
+    before, after = (_settings(prefix, text, **changes) for text in (source, target))
     folder = str(tmp_path)
-    straight = pools(sizes[0]).run(_save, settings=_settings(token_prefix, source), folder=folder)
+    straight = pools(sizes[0]).run(_save, settings=before, folder=folder)
     manifest = CheckpointReader(f"{folder}/step_{AT_STEP:08d}").manifest
     state = sum(4 * piece.numel * len(piece.kinds) for piece in manifest.pieces)
     elements = sum(torch.Size(shape).numel() for shape in manifest.parameters.values())
     assert state == 3 * 4 * elements  # replicated data once: master and two moments
 
-    ranks = pools(sizes[1]).run(_load, settings=_settings(token_prefix, target), folder=folder)
+    ranks = pools(sizes[1]).run(_load, settings=after, folder=folder)
     assert sum(rank["read"] for rank in ranks) <= 1.05 * state
     if sizes[1] > 1:
         assert max(rank["read"] for rank in ranks) < state
@@ -155,18 +245,57 @@ def test_all_ranks_write_their_share(pools: Pools, token_prefix: Path, tmp_path:
     assert max(sizes) < 1.5 * min(sizes)
 
 
+# fp16 whose scale overflows at first, and grows back to where it overflows after every good step
+SKIPS = {
+    "precision.dtype": "fp16",
+    "precision.initial_loss_scale_power": 19,
+    "precision.loss_scale_window": 1,
+    "precision.hysteresis": 1,
+}
+
+
 @pytest.mark.parametrize(
-    ("source", "target", "says"),
+    ("source", "target", "changes", "says"),
     [
-        ("dp=2,zero=1,engine=torch", "dp=2,zero=1,engine=torch", "bit-identical"),
-        ("tp=2,sp=1,engine=torch", "dp=1,engine=torch", "samples and learning rates"),
+        ("dp=2,zero=1,engine=torch", "dp=2,zero=1,engine=torch", SKIPS, "bit-identical"),
+        ("tp=2,sp=1,engine=torch", "dp=1,engine=torch", {}, "samples and learning rates"),
     ],
 )
 def test_verify_resume(
-    token_prefix: Path, tmp_path: Path, source: str, target: str, says: str
+    token_prefix: Path,
+    tmp_path: Path,
+    source: str,
+    target: str,
+    changes: dict[str, Any],
+    says: str,
 ) -> None:
-    config = write_config(tmp_path / "c.yaml", settings_of(token_prefix, SHAPE))
-    done = run("verify", "resume", config, "--from", source, "--to", target, "--steps", 2)
+    """Dropout everywhere; with skipped steps on both sides of the save."""
+    config = write_config(tmp_path / "c.yaml", settings_of(token_prefix, {**SHAPE, **changes}))
+    at = ("--at-step", AT_STEP, "--steps", 3 if changes else 2)
+    done = run("verify", "resume", config, "--from", source, "--to", target, *at)
     assert done.code == 0, done.output
     assert says in done.stdout.replace("\n", " ")
     assert "not bit-identical" not in done.stdout or source != target
+
+
+def test_the_scale_of_that_run_overflows_before_and_after_the_save(
+    pools: Pools, token_prefix: Path
+) -> None:
+    """What the test above rests on."""
+    settings = _settings(token_prefix, "dp=2,zero=1,engine=torch", **SKIPS)
+    skipped = pools(2).run(_skipped, settings=settings)[0]
+    assert True in skipped[:AT_STEP]
+    assert True in skipped[AT_STEP:]
+    assert False in skipped[:AT_STEP]
+    assert False in skipped[AT_STEP:]
+
+
+def _skipped(settings: dict[str, Any]) -> list[bool]:
+    """Runs on every rank: which of the first five steps are skipped."""
+    setup, state, found = set_up(settings), TrainState(), []
+    for _ in range(AT_STEP + 3):
+        before = state.updates
+        run_steps(setup, state, 1)
+        found.append(state.updates == before)
+    setup.engine.close()
+    return found

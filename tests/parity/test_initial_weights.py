@@ -69,6 +69,24 @@ def test_every_engine_and_stage_starts_from_them(pools: Pools, folder: Path) -> 
             assert found == [pytest.approx(step, rel=1e-5) for step in expected], (engine, stage)
 
 
+def test_moments_come_too_where_they_are_wanted(pools: Pools, folder: Path) -> None:
+    fresh = started(folder, "fresh", parallel__engine="torch")
+    (without,) = pools(1).run(train, tree=fresh)
+    wanted = {"checkpoint__init_optimizer": True}
+    tree = started(folder, "moments", parallel__engine="torch", **wanted)
+    (expected,) = pools(1).run(train, tree=tree)
+    assert expected[0] == pytest.approx(without[0], rel=1e-5)  # the same weights
+    assert abs(expected[1][0] - without[1][0]) > 1e-4 * without[1][0]
+    for engine, stage in (("torch", 3), ("deepspeed", 1)):
+        layout = {"parallel__engine": engine, "parallel__zero_stage": stage}
+        tree = started(folder, f"moments_{engine}", **layout, **wanted)
+        for found in pools(2).run(train, tree=tree):
+            assert found == [pytest.approx(step, rel=1e-5) for step in expected], engine
+    other = {"optimizer__name": "sgd", "parallel__engine": "torch"}
+    for said in pools(1).run(train, tree=started(folder, "sgd", **other, **wanted)):
+        assert "has no momentum_buffer" in said
+
+
 def test_bf16_starts_from_exact_masters(pools: Pools, folder: Path) -> None:
     tree = started(folder, "bf16_one", parallel__engine="torch", precision__dtype="bf16")
     (expected,) = pools(1).run(train, tree=tree)

@@ -21,10 +21,14 @@ import torch
 
 from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointFolder, CheckpointManager, Retention
+from megascale.checkpoint.ranks import OneRank
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.checkpoint.storage import Storage
+from megascale.config.load import load_config
+from megascale.config.schema import Config
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, whole_box
+from megascale.training.output import open_output
 from tests.integration.runs import files
 
 SHAPE = (4, 3)
@@ -311,6 +315,33 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_one_is_not_in_the_way(
     assert (tmp_path / LOCK_NAME).exists()
     RunLock(str(tmp_path)).release()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shared", ["folder", "staging_dir"])
+def test_two_runs_with_one_folder_for_checkpoints(tmp_path: Path, shared: str) -> None:
+    """Their own folders differ; a second name for the same folder does not help."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "kept")
+
+    def config(run: str, folder: str) -> Config:
+        output = {"output_dir": str(tmp_path / run)}
+        saving = {shared: str(tmp_path / folder)}
+        return load_config({"run": output, "checkpoint": saving, "data": {"path": "x"}})
+
+    locks = open_output(config("one", "kept"), OneRank())
+    assert len(locks) == 2
+    with pytest.raises(UserError, match="another run is writing to") as caught:
+        open_output(config("two", "alias"), OneRank())
+    assert f"checkpoint.{shared}" in caught.value.remedy
+    for lock in locks:
+        lock.release()
+    again = open_output(config("two", "alias"), OneRank())  # the refused run holds nothing
+    assert [lock.folder for lock in again] == [str(tmp_path / "two"), str(tmp_path / "kept")]
+    for lock in again:
+        lock.release()
+    same = open_output(config("kept", "kept"), OneRank())
+    assert len(same) == 1
+    same[0].release()
 
 
 def test_a_folder_that_cannot_be_written(

@@ -405,3 +405,95 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Pat
     assert (tmp_path / "step_00000002" / "manifest.json").read_text() == ".replaced_step_00000002"
     assert (tmp_path / "step_00000004" / "manifest.json").read_text() == "step_00000004"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
+
+
+# Manifests that no writer writes ----------------------------------------------------------------
+
+
+def _twice(content: dict[str, Any]) -> None:
+    content["files"].append(content["files"][0])
+
+
+def _overlapping(content: dict[str, Any]) -> None:
+    content["pieces"][1] = {**content["pieces"][1], "box": [[0, 4], [1, 2]]}
+
+
+def _overlapping_ranges(content: dict[str, Any]) -> None:
+    piece = content["pieces"][0]
+    content["pieces"][0] = {**piece, "numel": 5}
+    content["pieces"].append({**piece, "start": 4, "numel": 4})
+
+
+def _more_than_the_file(content: dict[str, Any]) -> None:
+    content["files"][0]["bytes"] = 7
+
+
+def _huge(content: dict[str, Any]) -> None:
+    content["parameters"]["w"] = [1 << 60, 1 << 60]
+
+
+def _negative_shape(content: dict[str, Any]) -> None:
+    content["parameters"]["w"] = [-4, -3]
+
+
+def _many_dims(content: dict[str, Any]) -> None:
+    content["parameters"]["w"] = [1] * 10_000
+
+
+def _long_numbers(content: dict[str, Any]) -> None:
+    content["pieces"][0]["start"] = 10**400
+
+
+HOSTILE = {
+    "a file listed twice": (_twice, "listed twice"),
+    "boxes that overlap": (_overlapping, "overlap"),
+    "ranges that overlap": (_overlapping_ranges, "overlap"),
+    "more elements than bytes": (_more_than_the_file, "larger than the file"),
+    "a huge shape": (_huge, "impossible shape"),
+    "a negative shape": (_negative_shape, "parameters.w.0"),
+    "a box of other dimensions": (_many_dims, "not legal"),
+    "a number of 400 digits": (_long_numbers, ""),
+    "no list of files": (lambda content: content.update(files={}), "files"),
+    "a step before the first": (lambda content: content.update(step=-1), "step"),
+    "text for a number": (lambda content: content.update(step="3"), "step"),
+    "a number that is none": (lambda content: content.update(step=float("nan")), ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_is_refused(checkpoint: Path, name: str) -> None:
+    change, says = HOSTILE[name]
+    _resealed(checkpoint, change)
+    assert says in _refused(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, '"' + "x" * 10**6, "1" * 10**5])
+def test_deep_and_long_json_is_refused(checkpoint: Path, text: str) -> None:
+    (checkpoint / "manifest.json").write_text(text)
+    assert "damaged" in _refused(checkpoint)
+
+
+def test_a_key_that_is_there_twice_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    text = path.read_text()
+    for key in ("step", "numel", "nested"):
+        assert f'"{key}":' in text
+        path.write_text(text.replace(f'"{key}":', f'"{key}": 1, "{key}":', 1))
+        assert f"the key '{key}' is there twice" in _refused(checkpoint)
+
+
+def test_a_manifest_behind_a_link_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    path.rename(checkpoint.parent / "elsewhere.json")
+    path.symlink_to(checkpoint.parent / "elsewhere.json")
+    assert "it is a link" in _refused(checkpoint)
+
+
+def test_a_tensor_file_that_leads_out_of_the_folder_is_not_read(checkpoint: Path) -> None:
+    path = checkpoint / "rank_00000.safetensors"
+    path.rename(checkpoint.parent / "elsewhere.safetensors")
+    path.symlink_to(checkpoint.parent / "elsewhere.safetensors")
+    reader = CheckpointReader(str(checkpoint))
+    assert "is a link" in str(reader.damage())
+    with pytest.raises(UserError, match="is a link"):
+        reader.fill(Fragment("w", "master", (4, 3), whole_box((4, 3)), 0, torch.zeros(12)))

@@ -33,6 +33,8 @@ RAMP = 'train.batch_size_ramp={{"start":{},"increment":{},"samples":90}}'.format
 NO_VALID = "data.split=[1.0] "
 BATCH = "train.global_batch_size={} train.micro_batch_size={}".format
 
+STAGES = 'data.stages=[{"from_sample":0,"sources":[{"path":"s","weight":1}]}]'
+
 CASES: dict[str, list[Case]] = {
     "heads_divide_hidden_size": [
         Case(HEADS + "9", "model.hidden_size", HEADS + "8", "num_attention_heads = 8"),
@@ -382,6 +384,13 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_every=1000 checkpoint.keep_last=2",
         ),
     ],
+    "ignored:checkpoint.init_optimizer": [
+        Case(
+            "checkpoint.init_optimizer=true",
+            "checkpoint.init_optimizer",
+            "checkpoint.init_optimizer=true checkpoint.init_from=a",
+        ),
+    ],
     "something_is_pruned": [
         Case(
             "checkpoint.keep_last=2 checkpoint.save_interval=0",
@@ -461,6 +470,8 @@ CASES: dict[str, list[Case]] = {
             ("model.sliding_window", "9", ""),
             ("model.scale_embeddings", "true", ""),
             ("data.isolate_documents", "true", ""),
+            ("data.packing", "best_fit", ""),
+            ("data.fim_rate", "0.5", ""),
         )
     },
     "bert_has_no_gate": [
@@ -477,6 +488,21 @@ CASES: dict[str, list[Case]] = {
             "model.family=bert model.num_token_types=1 data.sentence_objective=none",
             "two segments",
         ),
+    ],
+    "data_is_given": [
+        Case("data.path=null", "data.path", "data.path=null " + STAGES, "must be given"),
+        Case(STAGES, "data.path", "data.path=d", "make it the first stage"),
+    ],
+    "isolation_needs_company": [
+        Case(
+            "data.isolate_documents=true data.packing=one_document",
+            "data.isolate_documents",
+            "data.isolate_documents=true data.packing=best_fit",
+            "several documents",
+        ),
+    ],
+    "ignored:data.fim_spm_rate": [
+        Case("data.fim_spm_rate=1", "data.fim_spm_rate", "data.fim_spm_rate=1 data.fim_rate=0.1"),
     ],
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 import pytest
@@ -181,7 +182,7 @@ def test_overrides_replace_the_file_and_the_last_wins(tmp_path: Path) -> None:
     assert config.optimizer.lr == 1e-2
     assert config.model.vocab_size is None
     assert config.run.seed == 3
-    assert config.data.weighted_paths[0].path == "x=y"
+    assert config.data.source_paths == ("x=y",)
     assert config.parallel.zero_stage == 2
     assert config.optimizer.betas == (0.0, 0.5)
     assert config.model.bias is False
@@ -314,7 +315,7 @@ def test_did_you_mean_for_sections_and_top_level_names() -> None:
         ("model.family", "GPT", "gpt"),
         ("optimizer.name", "adam", "adamw"),
         ("schedule.name", "cosin", "cosine"),
-        ("precision.dtype", "fp61", "fp16"),
+        ("precision.dtype", "bf61", "bf16"),
         ("parallel.pipeline_schedule", "interleave", "interleaved"),
     ],
 )
@@ -374,7 +375,12 @@ text = st.text(min_size=1).filter(lambda t: t.strip() and "\0" not in t)
 path = st.one_of(
     text,
     st.sampled_from(["1e-3", "010", "null", "true", "1:30", "2024-01-01", "a: b", "- a", "~"]),
-    st.lists(st.fixed_dictionaries({"path": text, "weight": positive}), min_size=1, max_size=3),
+    st.lists(
+        st.fixed_dictionaries({"path": text, "weight": positive}),
+        min_size=1,
+        max_size=3,
+        unique_by=lambda source: normpath(source["path"]),
+    ),
 )
 
 

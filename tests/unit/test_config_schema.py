@@ -83,7 +83,7 @@ def test_every_leaf_is_frozen_and_every_required_one_has_a_valid_example() -> No
             setattr(read_path(config, section), name, read_path(config, path))
         assert section_of(field) is None
     required = [path for path, field in LEAVES.items() if field.is_required()]
-    assert required == ["data.path"]
+    assert required == []
     assert build(data={"path": LEAVES["data.path"].examples[0]})
 
 
@@ -160,7 +160,6 @@ def test_text_is_text(value: object) -> None:
     [
         "",
         3,
-        None,
         [],
         {},
         ["a"],
@@ -176,10 +175,41 @@ def test_data_path_refuses(path: object) -> None:
 
 
 def test_data_path_takes_one_path_or_a_blend() -> None:
-    assert [(p.path, p.weight) for p in build().data.weighted_paths] == [("d", 1.0)]
+    (single,) = build().data.resolved_stages
+    assert [(p.path, p.weight) for p in single.sources] == [("d", 1.0)]
     blend = [{"path": "a", "weight": 1}, {"path": "b", "weight": 0.25}]
-    config = build(data={"path": blend})
-    assert [(p.path, p.weight) for p in config.data.weighted_paths] == [("a", 1.0), ("b", 0.25)]
+    (mix,) = build(data={"path": blend}).data.resolved_stages
+    assert (mix.from_sample, [(p.path, p.weight) for p in mix.sources]) == (
+        0,
+        [("a", 1.0), ("b", 0.25)],
+    )
+
+
+def _stage(start: int, *names: str) -> dict[str, Any]:
+    return {"from_sample": start, "sources": [{"path": name, "weight": 1} for name in names]}
+
+
+def test_sources_are_listed_once_in_the_order_of_their_first_stage() -> None:
+    stages = [_stage(0, "b", "a"), _stage(9, "c", "./a"), _stage(2**40, "b")]
+    data = build(data={"stages": stages}).data
+    assert data.source_paths == ("b", "a", "c")
+    assert build(data={"stages": stages[:1]}).data.source_paths == ("b", "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": [{"path": "a", "weight": 1}, {"path": "a/", "weight": 1}]}, "a is named twice"),
+        ({"stages": [_stage(0, "a", "b", "./a")]}, "a is named twice"),
+        ({"stages": [_stage(1, "a")]}, r"begin at \[1\]"),
+        ({"stages": [_stage(0, "a"), _stage(5, "b"), _stage(5, "a")]}, r"begin at \[0, 5, 5\]"),
+        ({"stages": [_stage(0, "a"), _stage(-1, "b")]}, "greater than or equal to 0"),
+        ({"stages": [_stage(0)]}, "at least 1 item"),
+    ],
+)
+def test_stages_that_are_no_order(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        build(data=data)
 
 
 @pytest.mark.parametrize("split", [[], [0.5, 0.4], [0.4, 0.3, 0.2, 0.1], [1.0, 0.0], [2, -1], 1.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megascale.data.blend import BLOCK_SIZE, BlendedDataset, block_quotas
+from megascale.data.blend import BLOCK_SIZE, BlendedDataset, Stage, block_quotas
 from megascale.errors import UserError
 
 
@@ -21,7 +21,8 @@ class _Numbered:
 
 
 def _blend(weights: list[float], seed: int = 0) -> BlendedDataset:
-    return BlendedDataset([_Numbered(source) for source in range(len(weights))], weights, seed)
+    sources = [_Numbered(source) for source in range(len(weights))]
+    return BlendedDataset(sources, [Stage(0, tuple(range(len(weights))), tuple(weights))], seed)
 
 
 def test_each_block_holds_exact_quotas_and_each_source_its_own_order() -> None:
@@ -29,7 +30,11 @@ def test_each_block_holds_exact_quotas_and_each_source_its_own_order() -> None:
     rows = blend.batch(np.arange(2 * BLOCK_SIZE))["input_ids"]
     for block in range(2):
         sources = rows[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE, 0]
-        assert np.bincount(sources).tolist() == blend.quotas.tolist() == [45875, 13107, 6554]
+        assert (
+            np.bincount(sources).tolist()
+            == blend.mixtures[0].quotas.tolist()
+            == [45875, 13107, 6554]
+        )
     for source in range(3):
         numbers = rows[rows[:, 0] == source, 1]
         assert np.array_equal(numbers, np.arange(len(numbers)))
@@ -41,12 +46,12 @@ def test_a_sample_is_a_function_of_its_number() -> None:
     some = _blend([1, 2]).batch(numbers)
     assert np.array_equal(some["input_ids"][1:], whole["input_ids"][numbers[1:]])
     assert np.array_equal(some["labels"], some["input_ids"] + 1)
-    assert np.array_equal(_blend([1, 2]).source_of(numbers), some["input_ids"][:, 0])
+    assert np.array_equal(_blend([1, 2]).locate(numbers)[0], some["input_ids"][:, 0])
 
 
 def test_blocks_and_seeds_are_shuffled_differently() -> None:
-    first, second = np.split(_blend([1, 1]).source_of(np.arange(2 * BLOCK_SIZE)), 2)
-    other = _blend([1, 1], seed=1).source_of(np.arange(BLOCK_SIZE))
+    first, second = np.split(_blend([1, 1]).locate(np.arange(2 * BLOCK_SIZE))[0], 2)
+    other = _blend([1, 1], seed=1).locate(np.arange(BLOCK_SIZE))[0]
     for a, b in ((first, second), (first, other)):
         assert 0.45 < (a == b).mean() < 0.55
     # Well mixed: every stretch of 4096 is near its share (six standard deviations).
@@ -57,10 +62,10 @@ def test_quotas_add_up_and_only_ratios_matter() -> None:
     rng = np.random.default_rng(0)
     for sources in (1, 2, 7, 1000):
         weights = rng.uniform(0.1, 1, sources).tolist()
-        quotas = block_quotas(weights, sources)
+        quotas = block_quotas(weights)
         assert quotas.sum() == BLOCK_SIZE
         assert abs(quotas - np.array(weights) / sum(weights) * BLOCK_SIZE).max() < 1
-        assert np.array_equal(quotas, block_quotas([4 * weight for weight in weights], sources))
+        assert np.array_equal(quotas, block_quotas([4 * weight for weight in weights]))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +83,6 @@ def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
         _blend(weights)
 
 
-def test_sources_must_agree_in_length_and_number() -> None:
+def test_sources_must_agree_in_length() -> None:
     with pytest.raises(UserError, match=r"\[2, 3\]"):
-        BlendedDataset([_Numbered(0, 2), _Numbered(1, 3)], [1, 1], 0)
-    with pytest.raises(UserError, match="3 weights for 1 sources"):
-        BlendedDataset([_Numbered(0)], [1, 1, 1], 0)
+        BlendedDataset([_Numbered(0, 2), _Numbered(1, 3)], [Stage(0, (0, 1), (1, 1))], 0)

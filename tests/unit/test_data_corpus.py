@@ -60,8 +60,16 @@ def test_one_stream_over_all_shards(folder: Path) -> None:
                 read = corpus.read(start, length)
                 assert read.dtype == np.int64
                 assert read.tolist() == list(range(start, start + length))
+    for length in (1, 3, 8, 43):  # inside one shard, over two, over all
+        starts = np.random.default_rng(length).permutation(44 - length)
+        expected = starts[:, None] + np.arange(length)
+        assert np.array_equal(corpus.read_windows(starts, length), expected)
+    assert corpus.read_windows(np.zeros(0, dtype=np.int64), 4).shape == (0, 4)
     assert corpus.boundaries(10, 12).tolist() == [10, 15]
     assert corpus.boundaries(11, 12).tolist() == [15, 22]
+    assert [str(part.shard)[-1] for part in corpus.documents_in(0, 43)] == list("00233")
+    parts = [(p.document, p.start, p.stop) for p in corpus.documents_in(3, 21)]
+    assert parts == [(0, 3, 10), (1, 0, 5), (0, 0, 7), (0, 0, 1), (1, 0, 1)]
     assert (corpus.vocab_size, corpus.eod_id, corpus.utf8_bytes) == (3, 0, 129)
     assert corpus.tokenizer is not None
     assert corpus.tokenizer.encode("ab") == [1, 2]
@@ -117,7 +125,7 @@ def _change(folder: Path, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"version 2(.|\n)*newer"),
+        ({"version": 3}, r"version 3(.|\n)*newer"),
         ({"format": "x"}, "no dataset manifest"),
         ({"shards": []}, "shards"),
         ({"colour": "blue"}, "colour"),

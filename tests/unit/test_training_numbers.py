@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megascale.data.batch_size import BatchSizeSchedule
+from megascale.data.ledger import SourceCount
 from megascale.engine.protocol import MicroBatch, StepOutcome
 from megascale.errors import UserError
 from megascale.training.evaluation import EvaluationResult, evaluate
@@ -164,7 +165,7 @@ def _parts(engine: _Engine, loader: _Loader, dp_size: int = 1) -> StepParts:
         schedule=SimpleNamespace(lr_at=lambda step: 0.1 * (step + 1)),
         mesh=_Mesh(dp_size),
         device=CPU,
-        tokens_per_sample=2,
+        ledger=SimpleNamespace(at=lambda samples: {"a": SourceCount(samples, 2 * samples, 0.0)}),
     )
     return parts
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from megascale.checkpoint.manager import CheckpointManager
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.parallel.fragment import Fragment, whole_box
+from tools.bench.deepspeed_peer import works as deepspeed_works
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -48,11 +49,11 @@ def main() -> None:
     state = make_state(arguments.megabytes)
     size = sum(t.numel() * 4 for kinds in state.values() for t in kinds.values())
     works = {**_ours(state, arguments.folder), **_dcp(state, arguments.folder)}
-    works |= {**_deepspeed(state, arguments.folder), **_raw(state, arguments.folder)}
+    works |= {**deepspeed_works(state, arguments.folder), **_raw(state, arguments.folder)}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(arguments.rounds):
         for name, work in works.items():
-            if name.endswith(("save", "write")) or "torch.save" in name:
+            if name.endswith(("save", "write", "save_checkpoint")):
                 _clear(arguments.folder, name)  # removing old files is not what is measured
             times[name].append(_timed(work))
     for name, rows in times.items():
@@ -69,7 +70,7 @@ def main() -> None:
 
 def _clear(folder: Path, name: str) -> None:
     """Remove what the last round of a writer left."""
-    part = {"ours": "ours", "torch DCP": "dcp", "torch.save": "deepspeed", "raw": "raw"}
+    part = {"ours": "ours", "torch DCP": "dcp", "DeepSpeed": "deepspeed", "raw": "raw"}
     for start, below in part.items():
         if name.startswith(start):
             shutil.rmtree(folder / below, ignore_errors=True)
@@ -123,59 +124,42 @@ def _dcp(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
     }
 
 
-def _deepspeed(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
-    """What engine.save_checkpoint and load_checkpoint do with the state: its torch engine."""
-    path = str(folder / "deepspeed" / "state.pt")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-
-    def save() -> None:
-        torch.save(state, path)
-
-    def load() -> None:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        for name, kinds in state.items():
-            for kind, tensor in kinds.items():
-                tensor.copy_(loaded[name][kind])
-
-    return {"torch.save (DeepSpeed)": save, "torch.load (DeepSpeed)": load}
-
-
 def _stall(state: Any, folder: Path, rounds: int) -> None:
-    """How long the step waits: asynchronous against synchronous."""
+    """How long the step waits: asynchronous against synchronous, by clock and by processor time."""
     fragments = _fragments(state)
     blocking, whole = [], []
     manager = CheckpointManager(str(folder / "async"), asynchronous=True)
     other = CheckpointManager(str(folder / "sync"))
     for number in range(rounds + 1):
-        started = time.perf_counter()
-        manager.save(number, fragments, {}, {})
-        blocking.append(time.perf_counter() - started)
+        blocking.append(_timed(lambda n=number: manager.save(n, fragments, {}, {}), thread=True))  # type: ignore[misc]
         manager.finish()
-        started = time.perf_counter()
-        other.save(number, fragments, {}, {})
-        whole.append(time.perf_counter() - started)
+        whole.append(_timed(lambda n=number: other.save(n, fragments, {}, {}), thread=True))  # type: ignore[misc]
         shutil.rmtree(folder / "async")
         shutil.rmtree(folder / "sync")
-    ratio = statistics.median(blocking[1:]) / statistics.median(whole[1:])
-    print(f"blocking part, warm      {ratio:8.3f} of a synchronous save")
+    for index, clock in enumerate(("processor time", "wall")):
+        waits, saves = (
+            statistics.median(row[index] for row in rows[1:]) for rows in (blocking, whole)
+        )
+        print(f"blocking part, {clock:14} {waits:6.3f} s of {saves:6.3f} s: {waits / saves:6.3f}")
 
 
 def _steps_during_saves(config: str, folder: Path) -> None:
-    """Median step time of two processes that save at every 4th step, against the same without."""
-    medians = {}
-    for name, interval in (("without", 0), ("with", 4)):
-        command = [sys.executable, "-m", "megascale", "train", config, "--nproc", "2"]
-        command += [f"run.output_dir={folder / name}", "checkpoint.async_save=true"]
-        command += ["checkpoint.keep_last=null", f"checkpoint.save_interval={interval}"]
-        shutil.rmtree(folder / name, ignore_errors=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-        times = [json.loads(line)["step_time_s"] for line in lines]
-        # the steps right after a save, while it goes on
-        during = [t for step, t in enumerate(times, 1) if step > 8 and step % 4 in (1, 2)]
-        medians[name] = statistics.median(during)
-        print(f"{name} saves: median step {medians[name]:.4f} s over {len(during)} steps")
-    print(f"slower while saving: {100 * (medians['with'] / medians['without'] - 1):.1f} %")
+    """Step times of two processes that save at every 8th step: beside a save, and between saves."""
+    command = [sys.executable, "-m", "megascale", "train", config, "--nproc", "2"]
+    command += [f"run.output_dir={folder}", "checkpoint.async_save=true", "checkpoint.keep_last=2"]
+    command += ["checkpoint.save_interval=8"]
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    times = [json.loads(line)["step_time_s"] for line in lines]
+    after = {
+        part: [t for s, t in enumerate(times, 1) if s > 8 and s % 8 == part] for part in range(8)
+    }
+    beside = statistics.median([*after[1], *after[2]])
+    between = statistics.median([*after[4], *after[5], *after[6], *after[7]])
+    for part, rows in after.items():
+        print(f"step {part} after a save: median {statistics.median(rows):.4f} s of {len(rows)}")
+    print(f"slower beside a save (steps 1, 2 against 4 to 7): {100 * (beside / between - 1):.1f} %")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -206,11 +190,12 @@ def _raw(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
     return {"raw write": save}
 
 
-def _timed(work: Callable[[], None]) -> tuple[float, float]:
-    """(CPU seconds, wall seconds) of `work`."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+def _timed(work: Callable[[], Any], thread: bool = False) -> tuple[float, float]:
+    """(CPU seconds, wall seconds) of `work`, of the whole process or of this thread alone."""
+    who = resource.RUSAGE_THREAD if thread else resource.RUSAGE_SELF
+    before, started = resource.getrusage(who), time.perf_counter()
     work()
-    after = resource.getrusage(resource.RUSAGE_SELF)
+    after = resource.getrusage(who)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return cpu, time.perf_counter() - started
 

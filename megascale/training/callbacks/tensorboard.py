@@ -50,6 +50,9 @@ class TensorBoardCallback(Callback):
                 value = getattr(result, field)
                 if value is not None:
                     self._writer.add_scalar(tag, value, result.step)
+            for name, count in result.sources.items():
+                self._writer.add_scalar(f"tokens/{name}", count.tokens, result.step)
+                self._writer.add_scalar(f"epochs/{name}", count.epochs, result.step)
 
     def on_evaluation(self, trainer: Trainer, split: str, result: EvaluationResult) -> None:
         """Add the validation's loss and perplexity, and the task's own metrics."""

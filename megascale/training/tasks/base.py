@@ -87,7 +87,3 @@ class Task(Protocol):
     def flops_per_sample(self) -> float:
         """Model FLOPs of forward and backward for one sample."""
         ...
-
-    def tokens_per_sample(self) -> int:
-        """Tokens that one sample counts in tokens_seen."""
-        ...

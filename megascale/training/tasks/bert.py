@@ -351,10 +351,6 @@ class BERTTask:
         probability = self._config.data.mask_probability
         return length * bert_flops_per_token(self._bert, length, probability)
 
-    def tokens_per_sample(self) -> int:
-        """See `Task.tokens_per_sample`; padding counts."""
-        return self._bert.seq_length
-
     def _sample_form(self, corpora: Corpora) -> SampleForm:
         data = self._config.data
         return SampleForm(

@@ -12,10 +12,13 @@ from torch import nn
 
 from megascale.config.schema import Config, ModelConfig
 from megascale.data.corpus import TokenCorpus
+from megascale.data.fill_in_middle import FillInMiddle
 from megascale.data.gpt_dataset import EvaluationDataset, GPTDataset
 from megascale.data.loader import EvaluationLoader
+from megascale.data.packed_dataset import PackedDataset, PackedEvaluationDataset
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.data.statistics import ngram_entropy
+from megascale.errors import UserError
 from megascale.models.chunk import Chunk, keep_chunks
 from megascale.models.dropout import sample_keys
 from megascale.models.flops import (
@@ -278,24 +281,46 @@ class GPTTask:
         )
 
     def open_data(self, corpora: Corpora) -> RunData:
-        """See `Task.open_data`."""
-        isolate, seed = self._config.data.isolate_documents, self._config.run.seed
+        """See `Task.open_data`.
 
-        def training_set(corpus: TokenCorpus, part: TokenRange) -> GPTDataset:
+        Raises:
+            UserError: data prepared for a BERT, or no tokens for fill-in-the-middle.
+        """
+        data, seed, length = self._config.data, self._config.run.seed, self._gpt.seq_length
+        middle = self._fill_in_middle(corpora) if data.fim_rate else None
+
+        def training_set(corpus: TokenCorpus, part: TokenRange) -> GPTDataset | PackedDataset:
             require_mode(corpus, "gpt")
-            return GPTDataset(corpus, part, self._gpt.seq_length, seed, isolate)
+            if data.packing == "concat":
+                return GPTDataset(corpus, part, length, seed, data.isolate_documents, middle)
+            return PackedDataset(
+                corpus, part, length, seed, data.packing, data.isolate_documents, middle
+            )
 
         return open_run_data(
             self._config, corpora, training_set, partial(self.evaluation_set, corpora)
         )
 
+    def _fill_in_middle(self, corpora: Corpora) -> FillInMiddle:
+        data, tokenizer = self._config.data, corpora.tokenizer
+        if tokenizer is None:
+            raise UserError(
+                f"data.fim_rate {data.fim_rate}, but the data has no tokenizer",
+                rule="the special tokens of fill-in-the-middle are the tokenizer's",
+                remedy="set data.tokenizer, or data.fim_rate=0",
+            )
+        special = tokenizer.require_middle_tokens()
+        return FillInMiddle(data.fim_rate, data.fim_spm_rate, *special, tokenizer.eod_id)
+
     def evaluation_set(
         self, corpora: Corpora, corpus: TokenCorpus, part: TokenRange
-    ) -> EvaluationDataset:
+    ) -> EvaluationDataset | PackedEvaluationDataset:
         """See `Task.evaluation_set`."""
         require_mode(corpus, "gpt")
-        isolate = self._config.data.isolate_documents
-        return EvaluationDataset(corpus, part, self._gpt.seq_length, isolate)
+        data, length = self._config.data, self._gpt.seq_length
+        if data.packing == "concat":
+            return EvaluationDataset(corpus, part, length, data.isolate_documents)
+        return PackedEvaluationDataset(corpus, part, length, data.packing, data.isolate_documents)
 
     def byte_lengths(self, corpora: Corpora) -> np.ndarray | None:
         """See `Task.byte_lengths`."""
@@ -312,7 +337,3 @@ class GPTTask:
         """See `Task.flops_per_sample`."""
         length = self._config.model.seq_length
         return length * flops_per_token(self._gpt, length)
-
-    def tokens_per_sample(self) -> int:
-        """See `Task.tokens_per_sample`."""
-        return self._config.model.seq_length

@@ -1,0 +1,1 @@
+"""Exact and near duplicates, and text that evaluation sets hold too."""

@@ -1,0 +1,1 @@
+"""Several steps as one: a YAML file, checked as a whole before anything runs."""
