@@ -179,7 +179,10 @@ for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
   scontrol requeue "$SLURM_JOB_ID" && break
   sleep "$pause"
 done
-[[ ! -s $run/bad_nodes ]] || # the next attempt goes elsewhere
-  scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$(paste -sd, "$run/bad_nodes")"
+for _ in 1 2 3 4 5; do # the next attempt goes elsewhere; Slurm's TERM may hit this command too
+  [[ -s $run/bad_nodes ]] || break
+  scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$(paste -sd, "$run/bad_nodes")" && break
+  sleep 1
+done
 sleep 60 # Slurm ends this shell
 """
