@@ -139,7 +139,8 @@ at_limit() { # a trigger file reaches ranks in containers and under torchrun too
   echo "by the batch script: time limit" >"$run/STOP"
 }
 trap at_limit USR1
-trap : TERM # of scancel and of `scontrol requeue`: there is something left to do
+term=0
+trap 'term=1' TERM # of scancel and of `scontrol requeue`: there is something left to do
 
 if ((spare_nodes > 0)); then # measure every machine, each by itself; the worst are left out
   timeout 300 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 "${container[@]}" \\
@@ -176,7 +177,8 @@ if ((!requeue_at_limit)) && [[ -e $MEGASCALE_ATTEMPT_DIR/outcome.json ]]; then
   exit 0 # the next job of the chain goes on
 fi
 for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
-  scontrol requeue "$SLURM_JOB_ID" && break
+  # its own TERM may end the command before it has told of its success
+  scontrol requeue "$SLURM_JOB_ID" || ((term)) && break
   sleep "$pause"
 done
 for _ in 1 2 3 4 5; do # the next attempt goes elsewhere; Slurm's TERM may hit this command too
