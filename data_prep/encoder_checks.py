@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 import xxhash
 
-from data_prep.encoders import Encoder, ReferenceEncoder
+from data_prep.encoders import (
+    Backend,
+    Encoder,
+    ReferenceEncoder,
+    automatic_encoders,
+    make_encoder,
+)
 from megascale.data.tokenizer import Tokenizer
 from megascale.errors import UserError
 
@@ -56,6 +63,26 @@ def _code_point(chance: random.Random) -> str:
         number = chance.randrange(chance.choice((0x80, 0x3000, 0x20000, 0x110000)))
         if number not in _SURROGATES:
             return chr(number)
+
+
+def checked_encoder(tokenizer: Tokenizer, backend: Backend) -> Encoder:
+    """The encoder asked for, or for auto the fastest, which agrees on the hostile strings.
+
+    Raises:
+        UserError: the one asked for cannot run this tokenizer, or gives other ids.
+    """
+    if backend is not Backend.AUTO:
+        encoder = make_encoder(tokenizer, backend)
+        EncoderCheck(encoder, tokenizer, "").hostile()
+        return encoder
+    for encoder in automatic_encoders(tokenizer):
+        try:
+            EncoderCheck(encoder, tokenizer, "").hostile()
+        except UserError as error:
+            print(f"note: {encoder.name} is not used: {error.what}", file=sys.stderr)
+            continue
+        return encoder
+    raise AssertionError("the reference agrees with itself")
 
 
 class EncoderCheck:

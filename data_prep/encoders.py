@@ -9,13 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.tiktoken_plan import is_installed, splits_before_words, tiktoken_plan
+from data_prep.tiktoken_plan import (
+    is_installed,
+    runs_on_tiktoken,
+    splits_before_words,
+    tiktoken_plan,
+)
 from megascale.data.tokenizer import Tokenizer
 from megascale.data.tokenizer_backends import FastTokenizer, SentencePieceTokenizer
 from megascale.errors import UserError
@@ -145,26 +150,47 @@ class FastokensEncoder:
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
 
+_FAST: dict[Backend, Callable[[Tokenizer], Encoder]] = {  # fastest first
+    Backend.FASTOKENS: FastokensEncoder,
+    Backend.TIKTOKEN: TiktokenEncoder,
+}
+
+
+def automatic_encoders(tokenizer: Tokenizer) -> Iterator[Encoder]:
+    """What `auto` may take, fastest first: what is installed and fits; the reference last.
+
+    Only for byte-level BPE, of which tiktoken's rules are a definition, are others than the
+    reference tried: there both were found exact.
+    """
+    if isinstance(tokenizer, FastTokenizer) and runs_on_tiktoken(tokenizer.definition):
+        for backend, make in _FAST.items():
+            if is_installed(backend.value):
+                try:
+                    yield make(tokenizer)
+                except UserError:  # it cannot read this tokenizer
+                    continue
+    yield ReferenceEncoder(tokenizer)
+
+
 def make_encoder(tokenizer: Tokenizer, backend: Backend) -> Encoder:
-    """The encoder asked for; auto: tiktoken where it fits and is installed, else the reference.
+    """The encoder asked for; auto: the first of `automatic_encoders`.
 
     Raises:
         UserError: that library cannot run this tokenizer, or is not installed.
     """
     if backend is Backend.AUTO:
-        if not isinstance(tokenizer, FastTokenizer) or not is_installed("tiktoken"):
-            return ReferenceEncoder(tokenizer)
-        try:
-            return TiktokenEncoder(tokenizer)
-        except UserError:  # it does not fit
-            return ReferenceEncoder(tokenizer)
-    if backend is Backend.TIKTOKEN:
-        return TiktokenEncoder(tokenizer)
-    if backend is Backend.FASTOKENS:
-        return FastokensEncoder(tokenizer)
+        return next(automatic_encoders(tokenizer))
+    if backend in _FAST:
+        return _FAST[backend](tokenizer)
     if reference_name(tokenizer) != backend.value:
         raise _wrong_backend(backend.value, tokenizer)
     return ReferenceEncoder(tokenizer)
+
+
+def backend_of(encoder: Encoder) -> Backend:
+    """What makes this encoder again; auto for transformers' own, beside which there is no other."""
+    names = {backend.value: backend for backend in Backend}
+    return names.get(encoder.name, Backend.AUTO)
 
 
 def reference_name(tokenizer: Tokenizer) -> str:

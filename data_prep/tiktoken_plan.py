@@ -60,6 +60,15 @@ def tiktoken_plan(definition: dict[str, Any]) -> TiktokenPlan:
     return TiktokenPlan(pattern, *_ranks_and_ids(model))
 
 
+def runs_on_tiktoken(definition: dict[str, Any]) -> bool:
+    """Whether `tiktoken_plan` has one for this tokenizer.json."""
+    try:
+        tiktoken_plan(definition)
+    except UserError:
+        return False
+    return True
+
+
 def splits_before_words(definition: dict[str, Any]) -> bool:
     """Whether text is always cut before a space between two ASCII letters, whatever is around."""
     plain = definition["normalizer"] is None and all(

@@ -14,8 +14,8 @@ from typing import Any
 
 from data_prep.datasets.copying import save_tokenizer, shard_records
 from data_prep.documents import DocumentUnit, first_document_or_refuse, iterate_documents
-from data_prep.encoder_checks import EncoderCheck
-from data_prep.encoders import Backend, make_encoder
+from data_prep.encoder_checks import checked_encoder
+from data_prep.encoders import Backend, backend_of
 from data_prep.input_shards import cut_inputs, default_shard_bytes
 from data_prep.outputs import may_replace
 from data_prep.shard_runner import Share, check_workers, open_run, tidy_output
@@ -132,7 +132,7 @@ def tokenize(
     if finished is not None:
         tidy_output(output)
         return TokenizeSummary(finished, SkipReport(finished.skipped), already_prepared=True)
-    encoder = make_encoder(tokenizer, run_options.backend)
+    encoder = checked_encoder(tokenizer, run_options.backend)
     identity = {
         "source": {name: source[name] for name in ("fingerprint", "files", "bytes")},
         "tokenizer": record.model_dump(),
@@ -144,13 +144,12 @@ def tokenize(
         skips = SkipReport()
         documents = iterate_documents(files, options.documents, options.text_key, skips)
         first_document_or_refuse(documents, skips)
-        EncoderCheck(encoder, tokenizer, "").hostile()
         shard_bytes = options.shard_bytes or default_shard_bytes(source["bytes"])
         tasks = cut_inputs(files, options.documents, shard_bytes)
         work = TokenizeShard(
             tokenizer_path=tokenizer_path,
             fingerprint=record.fingerprint,
-            backend=run_options.backend,
+            backend=backend_of(encoder),
             documents=options.documents,
             text_key=options.text_key,
             sentence_limit=options.sentence_limit if options.bert else None,

@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
 
-from data_prep.encoder_checks import EncoderCheck, hostile_strings
-from data_prep.encoders import Backend, Encoder, ReferenceEncoder, cut_between_words, make_encoder
+import data_prep.encoders as encoder_module
+from data_prep.encoder_checks import EncoderCheck, checked_encoder, hostile_strings
+from data_prep.encoders import (
+    Backend,
+    Encoder,
+    ReferenceEncoder,
+    TiktokenEncoder,
+    automatic_encoders,
+    backend_of,
+    cut_between_words,
+    make_encoder,
+)
 from data_prep.tiktoken_plan import tiktoken_plan
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.data.tokenizer_backends import FastTokenizer
@@ -106,7 +116,7 @@ def test_a_text_of_long_runs_is_encoded_by_all(gpt2: FastTokenizer) -> None:
 
 
 class _Wrong:
-    """Gives another id for texts that hold "dä"."""
+    """Gives another id for texts that hold "dä", and for one of the hostile strings."""
 
     name = "wrong"
 
@@ -117,7 +127,7 @@ class _Wrong:
         ids, lengths = self._encoder.encode(texts)
         ids = ids.copy()
         for text, end in zip(texts, np.cumsum(lengths).tolist(), strict=True):
-            if "dä" in text:
+            if "dä" in text or text == "é":
                 ids[end - 1] += 1
         return ids, lengths
 
@@ -155,7 +165,7 @@ def test_the_sample_is_seeded_and_reaches_everywhere(gpt2: FastTokenizer) -> Non
 
 
 def test_auto_chooses_what_fits(gpt2: FastTokenizer, tmp_path: Path) -> None:
-    assert make_encoder(gpt2, Backend.AUTO).name == "tiktoken"
+    assert [e.name for e in automatic_encoders(gpt2)] == ["fastokens", "tiktoken", "tokenizers"]
     wordpiece = FastTokenizer(Fast(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")), None)
     assert make_encoder(wordpiece, Backend.AUTO).name == "tokenizers"
     with pytest.raises(UserError, match="the model is WordPiece, not BPE"):
@@ -170,6 +180,24 @@ def test_auto_chooses_what_fits(gpt2: FastTokenizer, tmp_path: Path) -> None:
     for backend in (Backend.TIKTOKEN, Backend.FASTOKENS, Backend.TOKENIZERS):
         with pytest.raises(UserError, match=f"--backend {backend.value} with a tokenizer of"):
             make_encoder(model, backend)
+
+
+def test_auto_leaves_out_what_is_not_there_or_differs(
+    gpt2: FastTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked_encoder(gpt2, Backend.AUTO).name == "fastokens"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(
+        encoder_module._FAST, Backend.FASTOKENS, lambda t: _Wrong(TiktokenEncoder(t))
+    )
+    chosen = checked_encoder(gpt2, Backend.AUTO)
+    assert chosen.name == "tiktoken"
+    assert backend_of(chosen) is Backend.TIKTOKEN
+    assert "wrong is not used" in capsys.readouterr().err
+    with pytest.raises(UserError, match="wrong encodes"):
+        checked_encoder(gpt2, Backend.FASTOKENS)
+    monkeypatch.setattr(encoder_module, "is_installed", lambda name: name != "fastokens")
+    assert make_encoder(gpt2, Backend.AUTO).name == "tiktoken"
 
 
 def _sentencepiece(folder: Path) -> Tokenizer:
