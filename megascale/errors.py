@@ -26,5 +26,13 @@ class UserError(Exception):
         self.what, self.rule, self.remedy = what, rule, remedy
 
 
+class NumericalError(UserError):
+    """A run that ends because its numbers are no longer finite."""
+
+
+class NodeError(UserError):
+    """A run that does not start because of a machine that is not as the others."""
+
+
 class PeerError(UserError):
     """A run that ends because of another rank, whose own error says more."""

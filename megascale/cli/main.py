@@ -13,10 +13,13 @@ from megascale.cli import checkpoint as checkpoint_command
 from megascale.cli import config as config_command
 from megascale.cli import convert as convert_command
 from megascale.cli import data as data_command
+from megascale.cli import jobs as jobs_command
 from megascale.cli import plan as plan_command
 from megascale.cli import verify as verify_command
+from megascale.cli.doctor import doctor
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
+from megascale.cli.submit import submit
 from megascale.cli.train import train
 from megascale.errors import UserError
 
@@ -34,9 +37,10 @@ def build_app() -> typer.Typer:
     app.add_typer(config_command.app, name="config")
     app.add_typer(convert_command.app, name="convert")
     app.add_typer(data_command.app, name="data")
+    app.add_typer(jobs_command.app, name="jobs")
     app.add_typer(plan_command.app, name="plan")
     app.add_typer(verify_command.app, name="verify")
-    for command in (train, evaluate, generate):
+    for command in (train, evaluate, generate, submit, doctor):
         app.command()(command)
     return app
 

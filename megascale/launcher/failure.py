@@ -2,22 +2,24 @@
 
 When one rank ends, the collectives of the others fail too, and whose process the operating system
 reports first is chance. So each failing rank leaves a note before it lets go of its connections:
-a file for `launch_local`, a key of the rendezvous store for ranks on other machines, and torchrun's
-error file. A rank that only lost its peer knows that it is not the cause, and stays silent where
-the launcher will speak.
+a file for `launch_local` or for the batch script, a key of the rendezvous store for ranks on other
+machines, and torchrun's error file. A rank that only lost its peer knows that it is not the cause,
+and stays silent where the launcher will speak.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megascale.errors import PeerError, UserError
-from megascale.launcher.environment import FAILURE_DIR
+from megascale.errors import NodeError, NumericalError, PeerError, UserError
+from megascale.launcher.environment import ATTEMPT_DIR, FAILURE_DIR
 
 _BACKEND_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _BACKEND_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
@@ -31,18 +33,43 @@ class Failure:
         time_s: when it was written, seconds of the machine's clock.
         text: the error, as a person should read it.
         lost_peer: the error is the consequence of another rank's.
+        kind: config error, bad node, numerical, out of memory, lost peer or error.
+        host: the machine.
+        trace: the traceback, for an error that is not the user's.
     """
 
     rank: int
     time_s: float
     text: str
     lost_peer: bool
+    kind: str = ""
+    host: str = ""
+    trace: str = ""
 
 
 def describe(error: BaseException, rank: int) -> Failure:
     """The note of an error of this process."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Failure(rank, time.time(), text, lost_peer(error))
+    trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    return Failure(
+        rank, time.time(), text, lost_peer(error), kind_of(error), socket.gethostname(), trace
+    )
+
+
+def kind_of(error: BaseException) -> str:
+    """What sort of failure an error is, as `Failure.kind` says it."""
+    if lost_peer(error):
+        return "lost peer"
+    if isinstance(error, NumericalError):
+        return "numerical"
+    if isinstance(error, NodeError):
+        return "bad node"
+    if isinstance(error, UserError):
+        return "config error"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    # the CPU allocator raises a plain RuntimeError
+    return "out of memory" if "can't allocate memory" in str(error) else "error"
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -59,9 +86,10 @@ def launcher_speaks() -> bool:
 
 
 def leave_note(failure: Failure) -> None:
-    """Write the note for `launch_local`, if that started this process."""
-    if launcher_speaks():
-        path = _path(Path(os.environ[FAILURE_DIR]), failure.rank)
+    """Write the note for `launch_local` or the batch script, where there is one."""
+    folder = os.environ.get(FAILURE_DIR) or os.environ.get(ATTEMPT_DIR)
+    if folder:
+        path = _path(Path(folder), failure.rank)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(failure)))
         partial.replace(path)
@@ -73,11 +101,11 @@ def clear_notes(folder: Path, nproc: int) -> None:
         _path(folder, rank).unlink(missing_ok=True)
 
 
-def read_notes(folder: Path, nproc: int) -> dict[int, Failure]:
-    """The notes so far, by rank."""
-    paths = [_path(folder, rank) for rank in range(nproc)]
-    notes = [Failure(**json.loads(path.read_text())) for path in paths if path.exists()]
-    return {note.rank: note for note in notes}
+def read_notes(folder: Path, nproc: int | None = None) -> dict[int, Failure]:
+    """The notes so far, by rank; of all ranks, or of the first `nproc`."""
+    paths = sorted(folder.glob("rank_*.failure.json"))
+    notes = [Failure(**json.loads(path.read_text())) for path in paths]
+    return {note.rank: note for note in notes if nproc is None or note.rank < nproc}
 
 
 def blamed(codes: Sequence[int | None], notes: Mapping[int, Failure]) -> int:

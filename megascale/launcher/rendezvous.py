@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -10,6 +11,15 @@ import torch.distributed as dist
 
 from megascale.errors import UserError
 from megascale.launcher.environment import LISTEN_FD, ProcessInfo
+from megascale.launcher.meeting import (
+    MEET_S,
+    MeetingPoint,
+    announce,
+    check_address,
+    find,
+    listen,
+    meeting_point,
+)
 
 _FIRST_FAILURE = "megascale/first_failure"
 _STORE_ANSWERS = timedelta(seconds=3)
@@ -28,13 +38,18 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
-    if info.local_rank >= count:
-        raise UserError(
-            f"local rank {info.local_rank} has no GPU: this machine shows {count}",
-            rule="each process on a machine needs a GPU of its own",
-            remedy=f"start at most {count} processes here, or set run.device=cpu",
+    index = 0 if info.own_gpu and count == 1 else info.local_rank
+    if index >= count:
+        here = (
+            "" if info.local_world_size is None else f" and runs {info.local_world_size} processes"
         )
-    device = torch.device("cuda", info.local_rank)
+        raise UserError(
+            f"local rank {info.local_rank} has no GPU: this machine shows {count}{here}",
+            rule="each process on a machine needs a GPU of its own",
+            remedy=f"start at most {count} processes here (Slurm: --ntasks-per-node equal to "
+            "--gpus-per-node), or set run.device=cpu",
+        )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
@@ -59,6 +74,10 @@ def init_distributed(info: ProcessInfo, device: torch.device, timeout: timedelta
         store = dist.HashStore()
     elif LISTEN_FD in os.environ:
         store = _store_on_inherited_socket(info, timeout)
+    elif "RANK" not in os.environ:  # tasks of a Slurm step
+        store = store_of_step(info, meeting_point(info), timeout)
+    elif (info.num_nodes or 1) > 1:
+        check_address(os.environ.get("MASTER_ADDR", ""), "MASTER_ADDR")
     try:
         if store is None:
             dist.init_process_group(backend, timeout=timeout)
@@ -72,6 +91,9 @@ def init_distributed(info: ProcessInfo, device: torch.device, timeout: timedelta
             )
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         raise _explain(error) from error
+    if info.launched:  # libraries ask the environment for these, whichever launcher it was
+        os.environ.setdefault("RANK", str(info.rank))
+        os.environ.setdefault("WORLD_SIZE", str(info.world_size))
 
 
 def first_failure(text: str, *, cause: bool) -> str:
@@ -94,6 +116,41 @@ def first_failure(text: str, *, cause: bool) -> str:
         return ""
 
 
+def store_of_step(
+    info: ProcessInfo, point: MeetingPoint, timeout: timedelta, wait_s: float = MEET_S
+) -> dist.Store:
+    """The store of a Slurm step: on rank 0, which tells its port at the meeting point.
+
+    Args:
+        timeout: of the store's answers.
+        wait_s: longest time to look for rank 0.
+
+    Raises:
+        UserError: no port of the meeting point is free, or rank 0 is not found.
+    """
+    if info.rank == 0:
+        meeting = listen(point.ports)
+        with socket.create_server(("", 0), backlog=1024) as listener:
+            port = listener.getsockname()[1]
+            store = _store("127.0.0.1", port, timeout, os.dup(listener.fileno()))
+        announce(meeting, point, port, info.world_size - 1)
+        return store
+    return _store(point.address, find(point, wait_s), timeout)
+
+
+def _store(address: str, port: int, timeout: timedelta, listening: int | None = None) -> dist.Store:
+    """A store, or with the descriptor of a listening socket its server."""
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=listening is not None,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+        use_libuv=False,
+    )
+
+
 def _store_on_inherited_socket(info: ProcessInfo, timeout: timedelta) -> dist.Store:
     """Rank 0 serves on the socket that the local launcher bound: no port can be lost meanwhile."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -112,6 +169,8 @@ def _store_on_inherited_socket(info: ProcessInfo, timeout: timedelta) -> dist.St
 def _explain(error: Exception) -> UserError:
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     text = str(error)
+    if "RANK" not in os.environ:
+        where = "the head node of the Slurm step"
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         return UserError(
             f"the rendezvous port of {where} is in use",

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 SAVE_SIGNAL = signal.SIGUSR1
 STOP_SIGNAL = signal.SIGTERM
+ECHO_S = 5.0
+"""SIGTERM within so many seconds of the first one is the same request: a launcher passes on what
+Slurm, or a terminal, has sent to the ranks too."""
 
 
 class SaveSignals:
     """Remembers SIGUSR1 (save) and SIGTERM (save and end) from `install` to `restore`.
 
-    The second SIGTERM ends the process at once, as without this: a rank that hangs can still be
-    ended. Signals reach the main thread only; in another one nothing is installed.
+    A second SIGTERM, later than `ECHO_S` after the first, ends the process at once, as without
+    this: a rank that hangs can still be ended. Signals reach the main thread only; in another one
+    nothing is installed.
     """
 
     def __init__(self) -> None:
         self._saves = 0
         self._stop = False
+        self._stop_time = 0.0
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -43,5 +49,9 @@ class SaveSignals:
         if number == SAVE_SIGNAL:
             self._saves += 1
             return
-        self._stop = True
-        signal.signal(STOP_SIGNAL, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self._stop:
+            self._stop, self._stop_time = True, now
+        elif now - self._stop_time > ECHO_S:
+            signal.signal(STOP_SIGNAL, signal.SIG_DFL)
+            signal.raise_signal(STOP_SIGNAL)

@@ -13,7 +13,7 @@ from megascale.data.ledger import Ledger
 from megascale.data.loader import BatchLoader
 from megascale.data.protocol import IGNORE_LABEL, label_names
 from megascale.engine.protocol import Engine
-from megascale.errors import PeerError, UserError
+from megascale.errors import NumericalError, PeerError, UserError
 from megascale.optim.schedule import LearningRateSchedule
 from megascale.parallel.context_parallel import own_tokens
 from megascale.parallel.mesh import ParallelMesh
@@ -97,7 +97,7 @@ def _count_targets(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch
 
 
 def _diverged(step: int, loss: float, own: bool) -> UserError:
-    kind, whose = (UserError, "this rank's") if own else (PeerError, "another rank's")
+    kind, whose = (NumericalError, "this rank's") if own else (PeerError, "another rank's")
     return kind(
         f"the loss of step {step} is {loss}, from {whose} samples",
         rule="the loss must be finite; the weights were not changed by this step",

@@ -14,7 +14,8 @@ from megascale.resilience.signals import SaveSignals
 
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
 _WAYS = ("failed", "SIGUSR1", "time", "file SAVE", "SIGTERM", "file STOP")
-_STOPPING = ("SIGTERM", "file STOP")
+STOPPING_WAYS = ("SIGTERM", "file STOP")
+"""Requests that end a run before its time, as they stand in `Trainer.stop_reason`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class SaveRequests:
         signals, self._signals_done = self._signals_done, counts["SIGUSR1"]
         counts["SIGUSR1"] -= signals
         asked = {way for way, count in counts.items() if count}
-        stops = ", ".join(way for way in _STOPPING if way in asked)
+        stops = ", ".join(way for way in STOPPING_WAYS if way in asked)
         return Asked("failed" in asked, bool(asked - {"failed"}), stops)
 
     def _seen(self, name: str) -> bool:

@@ -1,0 +1,387 @@
+"""The attempts at a run on a cluster, as files in its folder, for the batch script and for people.
+
+    python -m megascale.launcher.attempt begin RUN ...   before srun: may it start, and where does
+                                                          it write? Prints settings for the shell.
+    python -m megascale.launcher.attempt choose FOLDER    with spare machines: which to leave out?
+    python -m megascale.launcher.attempt end FOLDER CODE  after srun: how did it end, once more?
+
+An attempt is one start of a job by Slurm. Its folder RUN/attempts/NUMBER holds begin.json (job,
+nodes, newest checkpoint), started.json and outcome.json of rank 0, notes of ranks that failed,
+`asked` (why the batch script wanted it to end) and end.json. Neither torch nor pydantic is loaded:
+these commands run in every batch script, and take 0.2 s of CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megascale.errors import UserError
+from megascale.file_lock import FileLock
+from megascale.launcher.ends import KINDS, REQUEUE_CODE, End, classify
+from megascale.launcher.environment import ATTEMPT_DIR
+from megascale.launcher.failure import read_notes
+from megascale.launcher.meeting import candidate_ports, host_names, listen
+from megascale.launcher.preflight import Facts, compare
+
+LOCK_WAIT_S = 120.0
+NOTHING_TO_DO = 10
+"""Exit code of `begin` when the run is over."""
+STOP_NAME = "STOP"
+BAD_NODES = "bad_nodes"
+BATCH_STOP = "by the batch script"
+"""First words in a STOP file that the batch script made, so that they differ from a person's."""
+_FOLDER = "attempts"
+_CHECKPOINT = re.compile(r"^step_(\d{8,})$")
+_LOG_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The start of an attempt.
+
+    Attributes:
+        submission: names what was submitted together; a requeued job and a chain are one.
+        newest_step: step of the newest checkpoint at the start; -1: none.
+        log: the batch script's output, and log_start where in it this attempt begins, in bytes.
+    """
+
+    submission: str
+    job: str
+    restart: int
+    nodes: str
+    newest_step: int
+    log: str
+    log_start: int
+    time_s: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is known of one attempt; `end` is None while it goes on, or if it was cut off."""
+
+    folder: Path
+    begin: Begin
+    end: End | None
+
+
+def attempts(run: Path) -> list[Attempt]:
+    """All attempts at a run, oldest first."""
+    found = []
+    for folder in sorted((run / _FOLDER).glob("[0-9]*")):
+        begin = read_json(folder / "begin.json")
+        if begin is None:
+            continue
+        end = read_json(folder / "end.json")
+        found.append(Attempt(folder, Begin(**begin), End(**end) if end else None))
+    return found
+
+
+def begin(run: Path, now: Begin, most: int) -> tuple[Path | None, End | None]:
+    """Open an attempt, or say why there is nothing to do.
+
+    Args:
+        now: this start.
+        most: attempts without a newer checkpoint after which the run is given up.
+
+    Returns:
+        (folder of the new attempt, None), or (None, how the run ended).
+    """
+    earlier = [a for a in attempts(run) if a.begin.submission == now.submission]
+    over = _over(run, earlier, now, most)
+    number = len(list((run / _FOLDER).glob("[0-9]*"))) + 1
+    folder = run / _FOLDER / f"{number:04d}"
+    if over is None or over.kind == "no progress":
+        folder.mkdir(parents=True)
+        write_json(folder / "begin.json", asdict(now))
+    if over is not None:
+        if over.kind == "no progress":
+            write_json(folder / "end.json", asdict(over))
+        return None, over
+    return folder, None
+
+
+def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End | None:
+    stop = run / STOP_NAME
+    if stop.exists():
+        text = stop.read_text(errors="replace")
+        stop.unlink(missing_ok=True)
+        if not text.startswith(BATCH_STOP):
+            return End("user stop", f"the file {stop} was there at the start")
+    for (
+        attempt
+    ) in earlier:  # of a chain: what ended one link ends all, unless the next may do better
+        kind = attempt.end.kind if attempt.end else "node failure"
+        if attempt.end and not KINDS[kind].again:
+            return attempt.end
+    stuck = []
+    for attempt in reversed(earlier):
+        if attempt.begin.newest_step != now.newest_step:
+            break
+        stuck.append(attempt)
+    if len(stuck) < most:
+        return None
+    lines = [f"{len(stuck)} attempts began at step {now.newest_step} and left no newer checkpoint:"]
+    for attempt in reversed(stuck):
+        kind = attempt.end.kind if attempt.end else "node failure"
+        text = attempt.end.text.splitlines()[0] if attempt.end else "cut off without a word"
+        lines.append(f"  attempt {attempt.folder.name} on {attempt.begin.nodes}: {kind}: {text}")
+    return End("no progress", "\n".join(lines))
+
+
+def end(folder: Path, code: int, state: str = "RUNNING") -> End:
+    """Judge an attempt that is over, and write it down.
+
+    Args:
+        code: srun's exit code.
+        state: of the job, by Slurm.
+    """
+    start = Begin(**(read_json(folder / "begin.json") or {}))
+    asked = folder / "asked"
+    judged = classify(
+        code,
+        read_json(folder / "outcome.json"),
+        asked.read_text().strip() if asked.exists() else "",
+        read_notes(folder),
+        _log_of(start),
+        state,
+    )
+    write_json(folder / "end.json", asdict(judged))
+    return judged
+
+
+def newest_step(checkpoints: str) -> int:
+    """Step of the newest complete checkpoint in a folder; -1: none.
+
+    A URL is listed with the program's own reader of checkpoints, which takes some seconds to load.
+    """
+    if "://" in checkpoints:
+        from megascale.checkpoint.manager import CheckpointFolder
+
+        return max(CheckpointFolder(checkpoints).steps(), default=-1)
+    steps = [-1]
+    for path in Path(checkpoints).glob("step_*/manifest.json"):
+        match = _CHECKPOINT.match(path.parent.name)
+        steps += [int(match.group(1))] if match else []
+    return max(steps)
+
+
+# What the ranks write ---------------------------------------------------------------------------
+
+
+def attempt_folder(environment: Mapping[str, str] | None = None) -> Path | None:
+    """The folder of the attempt that this process belongs to; None without a batch script."""
+    name = (os.environ if environment is None else environment).get(ATTEMPT_DIR)
+    return Path(name) if name else None
+
+
+def write_started(step: int, world_size: int) -> None:
+    """Rank 0: training begins at this step."""
+    _write("started.json", {"step": step, "world_size": world_size, "time_s": time.time()})
+
+
+def write_outcome(step: int, finished: bool, reason: str) -> None:
+    """Rank 0: the run came to a good end, by itself or because it was asked to.
+
+    Args:
+        reason: why it stopped before its last step; "" if it did not.
+    """
+    kind = "finished" if finished else "stopped"
+    _write("outcome.json", {"kind": kind, "step": step, "reason": reason, "time_s": time.time()})
+
+
+def _write(name: str, content: Mapping[str, Any]) -> None:
+    folder = attempt_folder()
+    if folder is not None:
+        write_json(folder / name, content)
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or a half (a node died while writing)."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object so that a reader sees all of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _log_of(start: Begin) -> str:
+    try:
+        with open(start.log, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(start.log_start, size - _LOG_BYTES))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+# The commands -----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megascale.launcher.attempt")
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("begin")
+    first.add_argument("run", type=Path)
+    first.add_argument("--submission", required=True)
+    first.add_argument("--checkpoints", required=True)
+    first.add_argument("--most-attempts", type=int, default=5)
+    first.add_argument("--nodes", type=int, required=True)
+    first.add_argument("--log", default="")
+    middle = commands.add_parser("choose")
+    middle.add_argument("folder", type=Path)
+    middle.add_argument("--nodes", type=int, required=True)
+    last = commands.add_parser("end")
+    last.add_argument("folder", type=Path)
+    last.add_argument("code", type=int)
+    last.add_argument("--state", default="RUNNING")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The commands of the batch script; returns the exit code."""
+    asked = _parser().parse_args(arguments)
+    if asked.command in ("begin", "choose"):
+        try:
+            return _begin(asked) if asked.command == "begin" else _choose(asked)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+    judged = end(asked.folder, asked.code, asked.state)
+    kind = KINDS[judged.kind]
+    print(f"megascale: {judged.kind}. {kind.meaning}\n{judged.text}", flush=True)
+    return REQUEUE_CODE if kind.again else kind.code
+
+
+def _begin(asked: argparse.Namespace) -> int:
+    env = os.environ
+    size = Path(asked.log).stat().st_size if asked.log and Path(asked.log).exists() else 0
+    now = Begin(
+        submission=asked.submission,
+        job=env.get("SLURM_JOB_ID", ""),
+        restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+        nodes=env.get("SLURM_JOB_NODELIST", ""),
+        newest_step=newest_step(asked.checkpoints),
+        log=asked.log,
+        log_start=size,
+    )
+    _wait_for_folder(asked.run)
+    folder, over = begin(asked.run, now, asked.most_attempts)
+    if over is not None:
+        kind = KINDS[over.kind]
+        print(f"megascale: {over.kind}. {kind.meaning}\n{over.text}", file=sys.stderr, flush=True)
+        return kind.code or NOTHING_TO_DO
+    assert folder is not None
+    for line in shell_settings(asked.run, folder, now, asked.nodes):
+        print(line)
+    return 0
+
+
+def _choose(asked: argparse.Namespace) -> int:
+    """After machines were measured: leave the worst out, and remember outliers."""
+    run = asked.folder.parents[1]
+    now = Begin(**(read_json(asked.folder / "begin.json") or {}))
+    found = [read_json(path) for path in (asked.folder / "machines").glob("*.json")]
+    findings = compare([Facts(**facts) for facts in found if facts])
+    for finding in findings:
+        print(f"megascale: {finding}", file=sys.stderr)
+    silent = [name for name in host_names(now.nodes) if name not in _seconds(asked.folder)]
+    for name in silent:
+        print(f"megascale: {name}: did not answer", file=sys.stderr)
+    add_bad_nodes(run, [*silent, *sorted({f.host for f in findings if f.is_bad_node})])
+    for line in shell_settings(run, asked.folder, now, asked.nodes):
+        print(line)
+    return 0
+
+
+def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[str]:
+    """What the batch script evaluates: folder, machines to use, head and a port for torchrun."""
+    use = choose_nodes(host_names(now.nodes), read_bad_nodes(run), _seconds(folder), num_nodes)
+    identity = f"torchrun {now.job}.{now.restart}"
+    with listen(candidate_ports(identity)) as listener:
+        port = listener.getsockname()[1]
+    return [
+        f"export {ATTEMPT_DIR}={shlex.quote(str(folder.resolve()))}",
+        f"export MASTER_ADDR={shlex.quote(use[0])}",
+        f"use_nodes={shlex.quote(','.join(use))}",
+        f"torchrun_port={port}",
+    ]
+
+
+def choose_nodes(
+    names: Sequence[str], bad: Sequence[str], seconds: Mapping[str, float], count: int
+) -> list[str]:
+    """The machines to use, in the allocation's order: the worst are left out.
+
+    Args:
+        seconds: of a matrix product on each; {} where nothing was measured. A machine that was
+            asked and did not answer is worse than a slow one.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, float]:
+        return name in bad, bool(seconds) and name not in seconds, seconds.get(name, 0.0)
+
+    best = sorted(names, key=rank)[:count]
+    return [name for name in names if name in best]
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """What `megascale doctor --record` measured on each machine."""
+    found = {path.stem: read_json(path) for path in (folder / "machines").glob("*.json")}
+    return {name: float(facts["product_s"]) for name, facts in found.items() if facts}
+
+
+def read_bad_nodes(run: Path) -> list[str]:
+    """Machines that this run is not to use again, as `megascale doctor` found them."""
+    path = run / BAD_NODES
+    return path.read_text().split() if path.exists() else []
+
+
+def add_bad_nodes(run: Path, names: Sequence[str]) -> None:
+    """Remember machines that are to be left out of the run's next attempts."""
+    known = read_bad_nodes(run)
+    new = [name for name in names if name not in known]
+    if new:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / BAD_NODES).write_text("\n".join([*known, *new]) + "\n")
+
+
+def _wait_for_folder(run: Path, wait_s: float = LOCK_WAIT_S) -> None:
+    """Wait for ranks of an earlier attempt that still hold the run's folder on a lost machine."""
+    deadline = time.monotonic() + wait_s
+    told = False
+    path = run / ".run.lock"
+    while path.exists():
+        try:
+            FileLock(path, lambda holder: UserError(f"{run} is held by {holder}")).release()
+            return
+        except UserError as error:
+            if time.monotonic() > deadline:
+                return  # the ranks will say so
+            if not told:
+                print(f"megascale: waiting, {error}", file=sys.stderr, flush=True)
+                told = True
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Slurm's own commands, called so that a controller that is away for a moment is waited for.
+
+Only sbatch, squeue, scontrol, scancel and sinfo: no accounting database is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megascale.errors import UserError
+
+_AWAY = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|Connection refused|Zero Bytes were|"
+    r"Transport endpoint is not connected|Communication connection failure|backup controller",
+    re.I,
+)
+_PAUSES_S = (1, 2, 4, 8, 15, 30)
+_COMMAND_S = 60
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as squeue shows it.
+
+    Attributes:
+        state: PENDING, RUNNING, COMPLETED, ...
+        reason: why it waits.
+        comment: megascale:RUN for a job of ours, RUN its output folder.
+    """
+
+    number: str
+    name: str
+    user: str
+    state: str
+    reason: str
+    nodes: str
+    comment: str
+    restarts: int = 0
+
+    @property
+    def run(self) -> str:
+        """run.output_dir; "" for a job that is not ours."""
+        return self.comment.removeprefix("megascale:") if "megascale:" in self.comment else ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it neither runs nor waits."""
+        return self.state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED")
+
+
+class Slurm:
+    """Slurm's commands.
+
+    Args:
+        sleep: between two tries; replaced in tests.
+    """
+
+    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._sleep = sleep
+
+    def call(self, *command: str) -> str:
+        """Run a command until the controller answers; returns what it printed.
+
+        Raises:
+            UserError: there is no such program, it refuses, or the controller stays away.
+        """
+        if shutil.which(command[0]) is None:
+            raise UserError(
+                f"there is no {command[0]} here",
+                rule="submitting and looking at jobs needs Slurm's client programs",
+                remedy="run this on a login node of the cluster",
+            )
+        for pause in (*_PAUSES_S, None):
+            done = subprocess.run(
+                command,
+                env=outside_of_jobs(os.environ),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_COMMAND_S,
+            )
+            if done.returncode == 0:
+                return done.stdout
+            if not _AWAY.search(done.stderr):
+                break
+            if pause is not None:
+                self._sleep(pause)
+        raise UserError(
+            f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}",
+            rule=f"asked was: {' '.join(command)}",
+            remedy="if the controller is away, try again later; else correct the request",
+        )
+
+    def jobs(self) -> list[Job]:
+        """All jobs that the controller remembers, newest last."""
+        found = json.loads(self.call("squeue", "--json"))["jobs"]
+        return sorted((_job(entry) for entry in found), key=lambda job: int(job.number))
+
+    def partitions(self) -> dict[str, Mapping[str, str]]:
+        """What `scontrol show partition` says, by name."""
+        text = self.call("scontrol", "show", "partition", "--oneliner")
+        parts = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in text.splitlines()]
+        return {part["PartitionName"]: part for part in parts if "PartitionName" in part}
+
+    def nodes(self, partition: str) -> list[Mapping[str, str]]:
+        """Nodes of a partition: name, state, cpus, memory in MB, gres."""
+        names = ("name", "state", "cpus", "memory", "gres")
+        text = self.call("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%T|%c|%m|%G")
+        return [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
+
+    def submit(self, script: str, *options: str) -> str:
+        """Queue a batch script; returns the job's number."""
+        return self.call("sbatch", "--parsable", *options, script).strip().split(";")[0]
+
+    def cancel(self, numbers: Sequence[str]) -> None:
+        """End jobs, waiting ones too."""
+        self.call("scancel", *numbers)
+
+
+def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without a surrounding job's variables, which sbatch takes for options."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _KEPT or not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))
+    }
+
+
+def _job(entry: Mapping[str, Any]) -> Job:
+    """From squeue's JSON, whose state became a list and whose numbers became objects with time."""
+    state = entry.get("job_state", "")
+    return Job(
+        number=str(entry["job_id"]),
+        name=str(entry.get("name", "")),
+        user=str(entry.get("user_name") or entry.get("user_id", "")),
+        state=str(state[0] if isinstance(state, list) else state),
+        reason=str(entry.get("state_reason", "")),
+        nodes=str(entry.get("nodes", "")),
+        comment=str(entry.get("comment", "")),
+        restarts=int(entry.get("restart_cnt", 0)),
+    )

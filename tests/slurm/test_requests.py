@@ -1,0 +1,136 @@
+"""Requests that cannot work are refused before anything is queued; arrays; other launchers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import ROOT, make_tokenizer
+from tests.slurm.conftest import TestBed
+
+Numbers = list[tuple[float, ...]]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "told"),
+    [
+        (("--nodes", 2, "--partition", "nowhere"), {}, "main, one, spare"),
+        (("--nodes", 5), {}, "it has 4 nodes"),
+        (("--nodes", 2, "--partition", "one"), {}, "it has 1 nodes"),
+        (("--nodes", 2, "--time", "9:00:00", "--partition", "spare"), {}, "01:00:00"),
+        (("--nodes", 1, "--ntasks-per-node", 4, "--cpus-per-task", 2), {}, "largest has 4 cpus"),
+        (("--nodes", 1, "--gpus-per-node", 4), {"run__device": "cuda"}, "2 GPUs"),
+        (("--nodes", 3), {}, "data_parallel_size"),
+        (("--nodes", 2), {"data__path": "/nowhere/data"}, "no dataset /nowhere/data"),
+        (("--nodes", 2), {"run__output_dir": "/proc/run"}, "/proc/run"),
+    ],
+)
+def test_refused(
+    bed: TestBed, options: tuple[object, ...], changes: dict[str, object], told: str
+) -> None:
+    text = bed.megascale("submit", bed.config("refused", **changes), *options, check=False)
+    assert told in text
+    assert "remedy" in text or "hint" in text
+    assert "Traceback" not in text
+    assert not bed.cluster.run("squeue", "-h").stdout
+
+
+def test_a_dry_run_prints_the_script_and_queues_nothing(bed: TestBed) -> None:
+    text = bed.megascale(
+        *("submit", bed.config("dry"), "--nodes", 2, "--gpus-per-node", 2, "--account", "lab"),
+        "--dry-run",
+    )
+    assert "#SBATCH --ntasks-per-node=2" in text
+    assert "#SBATCH --gpus-per-node=2" in text
+    assert "#SBATCH --account=lab" in text
+    assert not bed.output("dry").exists()
+    assert not bed.cluster.run("squeue", "-h").stdout
+
+
+def test_a_controller_that_comes_back_is_waited_for(bed: TestBed) -> None:
+    bed.cluster.stop_controller()
+    pid = bed.cluster.folder / "slurmctld.pid"
+    pid.unlink()
+    bed.cluster.run("sh", "-c", "(sleep 3; slurmctld -f $SLURM_CONF) >/dev/null 2>&1 &")
+    bed.megascale("jobs", "status")
+    assert pid.exists()  # it answered when the controller was back
+
+
+def test_a_spare_machine_replaces_one_that_does_not_answer(bed: TestBed) -> None:
+    config = bed.config("spare", steps=2)
+    options = ("--nodes", 2, "--over-allocate", 1)
+    (job,) = bed.submit(config, *options, TEST_SILENT="node2")
+    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("spare")
+    assert "node2: did not answer" in bed.log("spare")
+    assert "on node1,node3" in bed.log("spare")
+    assert "machines left out: node2" in bed.megascale("jobs", "status", "spare")
+
+
+def test_a_machine_with_another_version_is_left_out_of_the_next_attempt(bed: TestBed) -> None:
+    """Three machines, of which one is odd: the job is requeued without it, and trains."""
+    changes = {"parallel__tensor_parallel_size": 1, "train__global_batch_size": 6}
+    config = bed.config("odd", steps=2, **changes)
+    (job,) = bed.submit(config, "--nodes", 3, TEST_ODD="node2")
+    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("odd")
+    assert bed.kinds("odd") == ["bad node", "finished"]
+    first, second = bed.attempts("odd")
+    assert first.end is not None
+    assert "node2: rank 1 has numpy 0.1" in first.end.text
+    assert second.begin.nodes == "node[1,3-4]"
+
+
+def test_the_doctor_looks_at_the_cluster(bed: TestBed) -> None:
+    text = bed.megascale(
+        *("doctor", bed.config("doctor"), "--cluster", "--nodes", 2, "--device", "cpu")
+    )
+    assert "node1: torch" in text
+    assert "node2: torch" in text
+    assert "all-reduce along tp (2 ranks)" in text
+
+
+def test_the_deepspeed_launcher_on_the_cluster(bed: TestBed, undisturbed: Numbers) -> None:
+    """Its SlurmRunner sets neither ranks nor address: both come from the step."""
+    program = bed.folder / "program.py"
+    program.write_text("from megascale.cli.main import main\n\nmain()\n")
+    (bed.folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    script = bed.folder / "deepspeed.sbatch"
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    script.write_text(
+        "#!/bin/bash\n"
+        f"{deepspeed} --launcher slurm --hostfile {bed.folder}/hosts --no_ssh_check "
+        f"--master_addr node1 {program} train {bed.config('deepspeed')}\n"
+    )
+    log = bed.folder / "deepspeed.log"
+    job = bed.cluster.run(
+        *("sbatch", "--parsable", "-N2", "--ntasks-per-node=1", "-o", log, script),
+        PYTHONPATH=f"{bed.folder}:{ROOT}",
+        PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin",
+    ).stdout.strip()
+    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    assert bed.numbers("deepspeed") == undisturbed
+
+
+def test_an_array_of_shards(bed: TestBed, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    texts = []
+    for number in range(5):
+        text = tmp_path / f"text_{number}.txt"
+        text.write_text(f"document {number}\n" * 20)
+        texts.append(str(text))
+    (tmp_path / "files").write_text("\n".join(texts) + "\n")
+    script = ROOT / "launch" / "slurm" / "data_prep.sbatch"
+    output = tmp_path / "corpus"
+    job = bed.cluster.run(
+        *("sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1", "--time=5"),
+        *("-o", tmp_path / "log_%a"),
+        *(script, tmp_path / "files", tokenizer, output),
+        PYTHON=sys.executable,
+        PYTHONPATH=str(ROOT),
+    ).stdout.strip()
+    for task in (0, 1):
+        state = bed.cluster.wait(f"{job}_{task}")
+        assert state["JobState"] == "COMPLETED", (tmp_path / f"log_{task}").read_text()
+    parts = sorted(path.name for path in output.iterdir())
+    assert parts == ["part_00000", "part_00001"]

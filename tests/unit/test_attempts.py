@@ -1,0 +1,203 @@
+"""How an attempt at a run is judged, and when there is no other."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megascale.errors import NodeError, NumericalError, PeerError, UserError
+from megascale.launcher import attempt
+from megascale.launcher.attempt import Begin, begin, end, newest_step
+from megascale.launcher.ends import KINDS, REQUEUE_CODE, classify
+from megascale.launcher.failure import Failure, describe, kind_of
+from megascale.resilience import signals
+from megascale.resilience.signals import SaveSignals
+
+FINISHED = {"kind": "finished", "step": 9, "reason": ""}
+LOST = Failure(0, 5.0, "RuntimeError: [gloo] Connection closed by peer", True, "lost peer", "a1")
+SILENT = Failure(0, 5.0, "RuntimeError: [gloo] Timed out waiting 3000ms", True, "lost peer", "a1")
+BUG = Failure(2, 6.0, "ValueError: planted", False, "error", "a2", "Traceback: line 7")
+
+
+def _stopped(reason: str) -> dict[str, object]:
+    return {"kind": "stopped", "step": 4, "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "asked", "notes", "log", "kind"),
+    [
+        (0, FINISHED, "", [], "", "finished"),
+        (0, FINISHED, "time limit", [], "", "finished"),
+        (0, _stopped("file STOP"), "", [], "", "user stop"),
+        (0, _stopped("file STOP"), "time limit", [], "", "time limit"),
+        (0, _stopped("SIGTERM"), "", [], "", "preempted"),
+        (1, None, "", [LOST, BUG], "", "error"),
+        (1, None, "", [LOST], "", "node failure"),
+        (1, None, "", [SILENT], "", "hang"),
+        (137, None, "", [LOST], "slurmstepd: error: Detected 1 oom-kill event(s)", "out of memory"),
+        (1, None, "", [], "srun: error: Node failure on node2", "node failure"),
+        (137, None, "", [], "srun: error: node1: task 1: Killed", "killed"),
+        (1, None, "", [], "bash: no such file", "error"),
+    ],
+)
+def test_kinds_of_ends(
+    code: int,
+    outcome: dict[str, object] | None,
+    asked: str,
+    notes: list[Failure],
+    log: str,
+    kind: str,
+) -> None:
+    found = classify(code, outcome, asked, {note.rank: note for note in notes}, log)
+    assert found.kind == kind
+    assert found.text
+
+
+def test_sigterm_means_what_slurm_does_with_the_job() -> None:
+    assert classify(0, _stopped("SIGTERM"), "", {}, "", "RUNNING").kind == "preempted"
+    assert classify(0, _stopped("SIGTERM"), "", {}, "", "COMPLETING").kind == "cancelled"
+    assert classify(143, None, "", {0: LOST}, "", "COMPLETING").kind == "cancelled"
+
+
+def test_the_first_cause_is_told_with_its_machine_and_traceback() -> None:
+    found = classify(1, None, "", {0: LOST, 2: BUG}, "")
+    assert (found.rank, found.host) == (2, "a2")
+    assert found.text.startswith("rank 2 on a2 failed: ValueError: planted")
+    assert "line 7" in found.text
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NumericalError("the loss is nan"), "numerical"),
+        (PeerError("the loss is nan, another rank's"), "lost peer"),
+        (UserError("no such file"), "config error"),
+        (NodeError("torch 2.12"), "bad node"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
+        (RuntimeError("shapes differ"), "error"),
+    ],
+)
+def test_kinds_of_errors(error: Exception, kind: str) -> None:
+    assert kind_of(error) == kind
+    assert describe(error, 3).kind == kind
+
+
+def _begin(run: Path, step: int = 0, submission: str = "s", most: int = 3) -> attempt.Attempt | str:
+    """The new attempt, or the kind of end that forbids it."""
+    now = Begin(submission, "7", 0, "a[1-2]", step, str(run / "log"), 0)
+    folder, over = begin(run, now, most)
+    if over is not None:
+        return over.kind
+    assert folder is not None
+    return attempt.Attempt(folder, now, None)
+
+
+def _end(opened: attempt.Attempt | str, code: int = 1, **outcome: object) -> str:
+    assert isinstance(opened, attempt.Attempt)
+    if outcome:
+        (opened.folder / "outcome.json").write_text(json.dumps(outcome))
+    return end(opened.folder, code).kind
+
+
+def test_a_finished_run_is_not_begun_again_but_a_new_submission_is(tmp_path: Path) -> None:
+    assert _end(_begin(tmp_path), 0, **FINISHED) == "finished"
+    assert _begin(tmp_path) == "finished"
+    assert isinstance(_begin(tmp_path, submission="later"), attempt.Attempt)
+
+
+def test_a_stop_ends_a_chain(tmp_path: Path) -> None:
+    _end(_begin(tmp_path), 0, **_stopped("file STOP"))
+    assert _begin(tmp_path) == "user stop"
+
+
+def test_a_stop_file_made_between_two_attempts(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    assert _begin(tmp_path) == "user stop"
+    assert not (tmp_path / "STOP").exists()
+    (tmp_path / "STOP").write_text("by the batch script: time limit\n")  # too late for its attempt
+    assert isinstance(_begin(tmp_path), attempt.Attempt)
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_no_progress_ends_it_and_progress_does_not(tmp_path: Path) -> None:
+    for step in (0, 0, 4, 4):
+        _begin(tmp_path, step)  # cut off: no end is written
+    assert isinstance(_begin(tmp_path, 4), attempt.Attempt)
+    assert _begin(tmp_path, 4) == "no progress"
+    told = attempt.attempts(tmp_path)[-1].end
+    assert told is not None
+    assert "3 attempts began at step 4" in told.text
+    assert told.text.count("cut off") == 3
+    assert _begin(tmp_path, 4) == "no progress"
+
+
+def test_a_node_that_dies_while_a_file_is_written(tmp_path: Path) -> None:
+    opened = _begin(tmp_path)
+    assert isinstance(opened, attempt.Attempt)
+    (opened.folder / "end.json").write_text('{"kind": "fin')
+    (opened.folder / "begin.json").write_text("")
+    assert attempt.attempts(tmp_path) == []
+    assert isinstance(_begin(tmp_path), attempt.Attempt)
+
+
+def test_the_end_command_tells_and_asks_for_a_requeue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = _begin(tmp_path)
+    assert isinstance(opened, attempt.Attempt)
+    note = json.dumps(asdict(LOST))
+    (opened.folder / "rank_00000.failure.json").write_text(note)
+    assert attempt.main(["end", str(opened.folder), "1"]) == REQUEUE_CODE
+    assert "node failure" in capsys.readouterr().out
+
+
+def test_only_the_log_of_this_attempt_counts(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("oom-kill of the attempt before\nsrun: task 1: Killed\n")
+    now = Begin("s", "7", 1, "a1", 0, str(tmp_path / "log"), 31)
+    folder, _ = begin(tmp_path, now, 3)
+    assert folder is not None
+    assert end(folder, 137).kind == "killed"
+
+
+def test_newest_step(tmp_path: Path) -> None:
+    assert newest_step(str(tmp_path)) == -1
+    for name in ("step_00000010", "step_00000020"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000010" / "manifest.json").touch()  # the other is not complete
+    assert newest_step(str(tmp_path)) == 10
+    assert newest_step(f"file://{tmp_path}") == 10
+
+
+def test_exit_codes_tell_the_kinds_apart() -> None:
+    again = [kind for kind in KINDS.values() if kind.again]
+    final = [kind.code for kind in KINDS.values() if not kind.again and kind.code]
+    assert len(set(final)) == len(final)
+    assert REQUEUE_CODE not in final
+    assert len(again) == 6
+
+
+def test_a_signal_passed_on_twice_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    raised: list[int] = []
+    monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
+    listening = SaveSignals()
+    listening._remember(signal.SIGTERM, None)
+    clock[0] += 1
+    listening._remember(signal.SIGTERM, None)
+    assert listening.seen() == (0, True)
+    assert not raised
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        clock[0] += signals.ECHO_S
+        listening._remember(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert raised == [signal.SIGTERM]
+    assert time.monotonic() == clock[0]
