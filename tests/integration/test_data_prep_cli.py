@@ -250,6 +250,7 @@ def test_a_file_size_limit_and_a_read_only_place_end_cleanly(bpe: Path, tmp_path
 def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "big.txt").write_text("\n".join(str(number**5) for number in range(150_000)))
     command = ["tokenize", "--input", tmp_path / "big.txt", "--output", tmp_path / "out"]
+    command += ["--backend", "tokenizers"]  # slow enough to be met at work
     command += ["--tokenizer", bpe, "--documents", "line", "--shard-size", "100KB"]
     done = tmp_path / ".out.unfinished/.done"
     for number, workers in ((signal.SIGKILL, 2), (signal.SIGINT, 1)):
