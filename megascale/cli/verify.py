@@ -203,8 +203,8 @@ def resume_ranks(
     """What each process of one part of `verify resume` runs."""
     from megascale.verification.resume import killed_run, resumed_run, straight_run
 
-    with distributed_process(device) as place:
-        checked = _load(config, list(overrides or ()), _one_layout(layout))
+    checked = _load(config, list(overrides or ()), _one_layout(layout))
+    with distributed_process(device, checked.parallel.collective_timeout_s) as place:
         saved = folder / "checkpoints"
         if part == "straight":
             straight_run(checked, place, steps, folder / "straight.json")

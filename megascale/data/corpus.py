@@ -15,14 +15,13 @@ import numpy as np
 import xxhash
 
 from megascale.data.atomic_files import file_checksum
-from megascale.data.manifest import MANIFEST_NAME, DatasetManifest
+from megascale.data.manifest import MANIFEST_NAME, PREPARE_AGAIN, DatasetManifest
 from megascale.data.token_file import TokenFile, bin_path, idx_path
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
 
 _EDGE_BYTES = 1 << 20
 _FRACTION_TOLERANCE = 1e-6
-_PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class TokenCorpus:
                 raise UserError(
                     f"{shard.prefix} holds {found[0]} documents and {found[1]} tokens",
                     rule=f"the manifest says {record.documents} and {record.tokens}",
-                    remedy=_PREPARE_AGAIN,
+                    remedy=PREPARE_AGAIN,
                 )
         return cls(folder, shards, manifest)
 
@@ -217,7 +216,7 @@ class TokenCorpus:
             raise UserError(
                 f"{self.path / record.folder} has the fingerprint {tokenizer.fingerprint}",
                 rule=f"the tokens were made with the tokenizer {record.fingerprint}",
-                remedy=_PREPARE_AGAIN,
+                remedy=PREPARE_AGAIN,
             )
         return tokenizer
 
@@ -312,7 +311,7 @@ class TokenCorpus:
                     raise UserError(
                         f"{file} has the checksum {found}",
                         rule=f"{self.path / MANIFEST_NAME} says {expected}",
-                        remedy=_PREPARE_AGAIN,
+                        remedy=PREPARE_AGAIN,
                     )
         assert self.tokenizer is not None  # its fingerprint is checked when it is loaded
 

@@ -25,7 +25,10 @@ from megascale.errors import UserError
 MANIFEST_NAME = "manifest.json"
 FORMAT: Literal["megascale-dataset"] = "megascale-dataset"
 VERSION = 2
-_PREPARE_AGAIN = "copy the dataset again, or prepare it with `python -m data_prep tokenize`"
+PREPARE_AGAIN = (
+    "copy the dataset again, prepare it with `python -m data_prep tokenize`, or save its whole "
+    "documents with `python -m data_prep repair`"
+)
 
 
 class _Record(BaseModel):
@@ -173,13 +176,13 @@ def _check_size(file: Path, expected: int, manifest_path: Path) -> None:
         raise UserError(
             f"{file} is missing",
             rule=f"{manifest_path} lists it",
-            remedy=_PREPARE_AGAIN,
+            remedy=PREPARE_AGAIN,
         )
     if file.stat().st_size != expected:
         raise UserError(
             f"{file} is truncated or changed: {file.stat().st_size} bytes",
             rule=f"{manifest_path} says {expected} bytes",
-            remedy=_PREPARE_AGAIN,
+            remedy=PREPARE_AGAIN,
         )
 
 
@@ -187,5 +190,5 @@ def _malformed(path: Path, problem: str) -> UserError:
     return UserError(
         f"{path} is no dataset manifest: {problem}",
         rule="manifest.json is written by `python -m data_prep tokenize` and never by hand",
-        remedy=_PREPARE_AGAIN,
+        remedy=PREPARE_AGAIN,
     )

@@ -58,6 +58,12 @@ class RunSamples:
 
     def __init__(self, run: str) -> None:
         path = Path(run)
+        if not path.exists():
+            raise UserError(
+                f"no file or folder {run}",
+                rule="RUN is a run's folder (run.output_dir), a checkpoint's, or a config file",
+                remedy="check the path",
+            )
         self._metrics = path / "metrics.jsonl"
         config = load_config(path / "config.yaml" if path.is_dir() else path, checks=DEFAULT_CHECKS)
         self._corpora: Corpora = open_corpora(config)

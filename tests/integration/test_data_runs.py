@@ -149,6 +149,8 @@ def test_which_on_the_command_line(trained: Trained) -> None:
     runs.write_config(new, {**trained.tree, "run": {"output_dir": str(trained.root / "new")}})
     message = runs.call("data", "which", new, "--step", 2, "--rank", 1).refusal()
     assert "--world-size" in message
+    message = runs.call("data", "which", trained.root / "missing", "--step", 2).refusal()
+    assert f"no file or folder {trained.root / 'missing'}" in message
 
 
 def test_ranks_of_one_replica_read_the_same(trained: Trained, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def _step(settings: dict[str, Any]) -> dict[str, Any]:
         "masked": masked,
         "shapes": [_shape(place) for place in places],
         "dp_rank": setup.mesh.dp_rank,
-        "layout": engine._pipeline._layout if engine._pipeline else None,
+        "layout": getattr(getattr(engine, "_pipeline", None), "_layout", None),
         "elements": {name: math.prod(_shape(place)) for name, place in engine.placements.items()},
     }
     del engine.step
