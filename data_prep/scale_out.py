@@ -122,70 +122,51 @@ def make_executors(
         UserError: see `run_on_datatrove`.
     """
     _check_installed(executor, slurm)
-    make = _local if executor is Executor.LOCAL else _slurm
     paths = (os.path.abspath(recipe_path), os.path.abspath(recipe.output))
+    chain = [
+        (_job_name(phase, shared), PhaseTask(*paths, phase.name, shared), tasks if shared else 1)
+        for phase in recipe.phases()
+        for shared in ((True, False) if phase.shared else (False,))
+    ]
+    chain.append(("report", PhaseTask(*paths, "", shared=False), 1))
     last: Any = None
-    for phase in recipe.phases():
-        for shared in (True, False) if phase.shared else (False,):
-            name = _job_name(phase, shared)
-            task = PhaseTask(*paths, phase.name, shared)
-            last = make(task, name, tasks if shared else 1, workers, slurm, recipe, last)
-    report = PhaseTask(*paths, "", shared=False)
-    return make(report, "report", 1, workers, slurm, recipe, last)
+    for name, task, count in chain:
+        kind, settings = _local() if executor is Executor.LOCAL else _slurm(slurm, name)
+        last = kind(
+            pipeline=[task],
+            tasks=count,
+            workers=min(workers, count),
+            logging_dir=os.path.abspath(recipe.output / LOGS / name),
+            depends=last,
+            # Our own markers say what is done, and know of a changed input.
+            skip_completed=False,
+            **settings,
+        )
+    return last
 
 
 def _job_name(phase: NamedPhase, shared: bool) -> str:
     return f"{phase.name.replace(' ', '_')}_{'shards' if shared else 'finish'}"
 
 
-def _local(
-    task: PhaseTask,
-    name: str,
-    tasks: int,
-    workers: int,
-    slurm: SlurmOptions,
-    recipe: Recipe,
-    depends: Any,
-) -> Any:
+def _local() -> tuple[type[PipelineExecutor], dict[str, Any]]:
     from datatrove.executor import LocalPipelineExecutor
 
-    return LocalPipelineExecutor(
-        pipeline=[task],
-        tasks=tasks,
-        workers=min(workers, tasks),
-        logging_dir=os.path.abspath(recipe.output / LOGS / name),
-        depends=depends,
-        # Our own markers say what is done, and know of a changed input.
-        skip_completed=False,
-    )
+    return LocalPipelineExecutor, {}
 
 
-def _slurm(
-    task: PhaseTask,
-    name: str,
-    tasks: int,
-    workers: int,
-    slurm: SlurmOptions,
-    recipe: Recipe,
-    depends: Any,
-) -> Any:
+def _slurm(slurm: SlurmOptions, name: str) -> tuple[type[PipelineExecutor], dict[str, Any]]:
     from datatrove.executor import SlurmPipelineExecutor
 
-    return SlurmPipelineExecutor(
-        pipeline=[task],
-        tasks=tasks,
-        workers=min(workers, tasks),
-        time=slurm.time,
-        partition=slurm.partition,
-        mem_per_cpu_gb=slurm.memory_gb,
-        qos=slurm.qos or "",
-        env_command=_environment(),
-        job_name=name,
-        logging_dir=os.path.abspath(recipe.output / LOGS / name),
-        depends=depends,
-        skip_completed=False,
-        mail_type="NONE",
-    )
+    return SlurmPipelineExecutor, {
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "mem_per_cpu_gb": slurm.memory_gb,
+        "qos": slurm.qos or "",
+        "env_command": _environment(),
+        "job_name": name,
+        "mail_type": "NONE",
+    }
 
 
 def _environment() -> str:

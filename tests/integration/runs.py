@@ -179,3 +179,20 @@ class _Tee(io.TextIOBase):
         for stream in self._streams:
             stream.write(text)
         return len(text)
+
+
+def run_data_prep(*arguments: object, expect: int = 0, limit_kib: int | None = None) -> str:
+    """Run `python -m data_prep` to the exit code `expect`; stdout + stderr.
+
+    Args:
+        limit_kib: bound of the size of any file that it writes.
+    """
+    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+    if limit_kib is not None:
+        limited = f'trap "" XFSZ; ulimit -f {limit_kib}; exec "$@"'
+        command = ["bash", "-c", limited, "bash", *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    assert "Traceback" not in output, output
+    assert done.returncode == expect, output
+    return output

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +13,13 @@ from data_prep.sentences import cut_pieces, split_sentences
 from data_prep.sources import find_inputs
 from megascale.data.corpus import TokenCorpus
 from megascale.data.tokenizer import load_tokenizer
+from tests.integration.runs import run_data_prep
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = (
     "Dr. Smith looked at the unbelievable machines. They were undoing what he had done! Why, he "
     "asked, would machines reconsider? Nobody answered.\n"
 )
 OTHER = "The café costs 3.50 euros; naïve visitors pay. It rained all day long.\n"
-
-
-def _run(*arguments: object, expect: int = 0) -> str:
-    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
-    assert "Traceback" not in output, output
-    assert done.returncode == expect, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +34,8 @@ def tokenizer(request: pytest.FixtureRequest, text: Path) -> Path:
     output = text.parent / request.param
     options = ["--bert"] if request.param == "bpe" else []
     command = ["train-tokenizer", "--input", text, "--kind", request.param, "--vocab-size", 320]
-    _run(*command, *options, "--output", output)
-    assert "already done" in _run(*command, *options, "--output", output)
+    run_data_prep(*command, *options, "--output", output)
+    assert "already done" in run_data_prep(*command, *options, "--output", output)
     return output
 
 
@@ -54,7 +43,7 @@ def test_wordpiece_training_is_deterministic(text: Path, tmp_path: Path) -> None
     """tokenizers' own trainer is not: the ids of ## characters depend on a hash map's order."""
     prints = set()
     for number in range(4):
-        output = _run(
+        output = run_data_prep(
             *("train-tokenizer", "--kind", "wordpiece", "--input", text, "--vocab-size", 300),
             *("--output", tmp_path / str(number)),
         )
@@ -96,7 +85,7 @@ def test_words_begin_where_they_do(tokenizer: Path) -> None:
 
 def test_a_sequence_is_a_sentence(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     command = ["tokenize", "--input", text, "--documents", "paragraph", "--tokenizer", tokenizer]
-    output = _run(*command, "--bert", "--output", tmp_path / "set")
+    output = run_data_prep(*command, "--bert", "--output", tmp_path / "set")
     assert "8 documents" in output
     corpus = TokenCorpus.open(tmp_path / "set", verify=True)
     ours = corpus.tokenizer
@@ -112,15 +101,15 @@ def test_a_sequence_is_a_sentence(text: Path, tokenizer: Path, tmp_path: Path) -
     parts = np.split(corpus.read(0, corpus.num_tokens), starts[1:])
     expected = [s for _ in range(4) for t in (TEXT, OTHER) for s in split_sentences(t.strip())]
     assert [part.tolist() for part in parts] == ours.encode_batch(expected)
-    assert "already prepared" in _run(*command, "--bert", "--output", tmp_path / "set")
+    assert "already prepared" in run_data_prep(*command, "--bert", "--output", tmp_path / "set")
 
 
 def test_long_sentences_are_cut_and_nothing_is_lost(
     text: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     command = ["tokenize", "--input", text, "--tokenizer", tokenizer, "--bert", "--output"]
-    _run(*command, tmp_path / "whole")
-    _run(*command, tmp_path / "cut", "--max-sentence-tokens", 7)
+    run_data_prep(*command, tmp_path / "whole")
+    run_data_prep(*command, tmp_path / "cut", "--max-sentence-tokens", 7)
     whole, cut = (TokenCorpus.open(tmp_path / name) for name in ("whole", "cut"))
     assert np.array_equal(whole.read(0, whole.num_tokens), cut.read(0, cut.num_tokens))
     starts = cut.sequence_starts(0, cut.num_tokens)
@@ -149,15 +138,17 @@ def test_prose_is_english_of_every_part_of_the_library() -> None:
 
 def test_what_does_not_fit_is_refused(text: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
-    _run("train-tokenizer", "--input", text, "--vocab-size", 270, "--output", plain)
+    run_data_prep("train-tokenizer", "--input", text, "--vocab-size", 270, "--output", plain)
     out = ["--output", tmp_path / "out"]
     tokenize = ["tokenize", "--input", text, *out, "--tokenizer"]
-    assert "[CLS]" in _run(*tokenize, plain, "--bert", expect=2)
-    assert "without --bert" in _run(*tokenize, plain, "--max-sentence-tokens", 9, expect=2)
+    assert "[CLS]" in run_data_prep(*tokenize, plain, "--bert", expect=2)
+    assert "without --bert" in run_data_prep(*tokenize, plain, "--max-sentence-tokens", 9, expect=2)
     wordpiece = tmp_path / "wordpiece"
     train = ["train-tokenizer", "--input", text, "--vocab-size"]
-    _run(*train, 300, "--kind", "wordpiece", "--output", wordpiece)
-    assert "no end-of-document token" in _run(*tokenize, wordpiece, expect=2)
-    assert "261" in _run(*train, 200, "--kind", "wordpiece", *out, expect=2)
-    assert "--bert" in _run(*train, 300, "--kind", "sentencepiece", "--bert", *out, expect=2)
+    run_data_prep(*train, 300, "--kind", "wordpiece", "--output", wordpiece)
+    assert "no end-of-document token" in run_data_prep(*tokenize, wordpiece, expect=2)
+    assert "261" in run_data_prep(*train, 200, "--kind", "wordpiece", *out, expect=2)
+    assert "--bert" in run_data_prep(
+        *train, 300, "--kind", "sentencepiece", "--bert", *out, expect=2
+    )
     assert not (tmp_path / "out").exists()

@@ -19,22 +19,9 @@ from data_prep.sources import describe_source, find_inputs
 from megascale.data.corpus import TokenCorpus
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UserError
+from tests.integration.runs import ROOT, run_data_prep
 
-ROOT = Path(__file__).resolve().parents[2]
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen.\n"
-
-
-def _run(*arguments: object, expect: int = 0, limit_kib: int | None = None) -> str:
-    """Run the command line; returns stdout + stderr. `limit_kib` bounds the size of any file."""
-    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    if limit_kib is not None:
-        limited = f'trap "" XFSZ; ulimit -f {limit_kib}; exec "$@"'
-        command = ["bash", "-c", limited, "bash", *command]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
-    assert "Traceback" not in output, output
-    assert done.returncode == expect, output
-    return output
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -56,12 +43,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bpe(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bpe") / "tokenizer"
-    _run("train-tokenizer", "--input", texts, "--output", output, "--vocab-size", 300)
+    run_data_prep("train-tokenizer", "--input", texts, "--output", output, "--vocab-size", 300)
     return output
 
 
 def test_tokenized_text_decodes_to_the_files(texts: Path, bpe: Path, tmp_path: Path) -> None:
-    output = _run("tokenize", "--input", texts, "--output", tmp_path / "set", "--tokenizer", bpe)
+    output = run_data_prep(
+        "tokenize", "--input", texts, "--output", tmp_path / "set", "--tokenizer", bpe
+    )
     assert "2 documents" in output
     corpus = TokenCorpus.open(tmp_path / "set", verify=True)
     assert corpus.tokenizer is not None
@@ -79,15 +68,15 @@ def test_a_second_run_is_a_no_op_and_others_need_overwrite(
     texts: Path, bpe: Path, tmp_path: Path
 ) -> None:
     command = ["tokenize", "--input", texts, "--output", tmp_path / "set", "--tokenizer", bpe]
-    _run(*command)
+    run_data_prep(*command)
     before, changed_at = _files(tmp_path / "set"), (tmp_path / "set").stat().st_mtime_ns
-    assert "already prepared" in _run(*command)
-    assert "--overwrite" in _run(*command, "--documents", "line", expect=2)
+    assert "already prepared" in run_data_prep(*command)
+    assert "--overwrite" in run_data_prep(*command, "--documents", "line", expect=2)
     assert _files(tmp_path / "set") == before
     assert (tmp_path / "set").stat().st_mtime_ns == changed_at
-    assert "90 documents" in _run(*command, "--documents", "line", "--overwrite")
+    assert "90 documents" in run_data_prep(*command, "--documents", "line", "--overwrite")
     assert _files(tmp_path / "set") != before
-    _run(*command, "--overwrite")
+    run_data_prep(*command, "--overwrite")
     assert _files(tmp_path / "set") == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
 
@@ -95,7 +84,9 @@ def test_a_second_run_is_a_no_op_and_others_need_overwrite(
 def test_a_foreign_folder_is_never_replaced(texts: Path, bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     for command in (["tokenize", "--tokenizer", bpe], ["train-tokenizer", "--vocab-size", 300]):
-        output = _run(*command, "--input", texts, "--output", tmp_path, "--overwrite", expect=2)
+        output = run_data_prep(
+            *command, "--input", texts, "--output", tmp_path, "--overwrite", expect=2
+        )
         assert "not an output of this command" in output
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
@@ -112,11 +103,11 @@ def test_training_is_deterministic_and_idempotent(
     texts: Path, tmp_path: Path, options: list[str]
 ) -> None:
     for name in ("one", "two"):
-        _run("train-tokenizer", "--input", texts, "--output", tmp_path / name, *options)
+        run_data_prep("train-tokenizer", "--input", texts, "--output", tmp_path / name, *options)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
     again = ["train-tokenizer", "--input", texts, "--output", tmp_path / "one", *options]
-    assert "already done" in _run(*again)
-    assert "--overwrite" in _run(*again, "--seed", "5", expect=2)
+    assert "already done" in run_data_prep(*again)
+    assert "--overwrite" in run_data_prep(*again, "--seed", "5", expect=2)
     tokenizer = load_tokenizer(tmp_path / "one")
     assert tokenizer.vocab_size == int(options[-1])
     assert tokenizer.decode(tokenizer.encode(PROSE * 2)) == PROSE * 2
@@ -148,7 +139,9 @@ def test_bad_files_and_lines_are_counted_and_named(bpe: Path, tmp_path: Path) ->
     with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as stream:
         stream.write('{"text": "three"}\n')
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(500))[:200])
-    output = _run("tokenize", "--input", tmp_path, "--output", tmp_path / "out", "--tokenizer", bpe)
+    output = run_data_prep(
+        "tokenize", "--input", tmp_path, "--output", tmp_path / "out", "--tokenizer", bpe
+    )
     for expected in (
         "1 empty file: ",
         "latin.txt (byte 2)",
@@ -210,7 +203,7 @@ def test_python_stdlib_is_megabytes_in_mixed_order() -> None:
 def test_mistakes_exit_with_2_and_say_what_to_do(texts: Path, bpe: Path, tmp_path: Path) -> None:
     def tokenize(source: object, tokenizer: object = bpe) -> str:
         where = ["--output", tmp_path / "out", "--tokenizer", tokenizer]
-        return _run("tokenize", "--input", source, *where, expect=2)
+        return run_data_prep("tokenize", "--input", source, *where, expect=2)
 
     assert f"did you mean {texts}/a.txt?" in tokenize(texts / "aa.txt")
     assert "did you mean python-stdlib?" in tokenize("python-stdlb")
@@ -220,8 +213,8 @@ def test_mistakes_exit_with_2_and_say_what_to_do(texts: Path, bpe: Path, tmp_pat
     (tmp_path / "empty" / "a.txt").write_text("")
     assert "no usable document (1 empty file" in tokenize(tmp_path / "empty")
     train = ["train-tokenizer", "--input", texts, "--output", tmp_path / "out", "--vocab-size"]
-    assert "257" in _run(*train, 200, expect=2)
-    assert "--vocab-size 9000" in _run(*train, 9000, "--kind", "sentencepiece", expect=2)
+    assert "257" in run_data_prep(*train, 200, expect=2)
+    assert "--vocab-size 9000" in run_data_prep(*train, 9000, "--kind", "sentencepiece", expect=2)
     assert not (tmp_path / "out").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["empty"]
 
@@ -234,17 +227,21 @@ def test_a_damaged_tokenizer_that_loses_text_is_refused(texts: Path, tmp_path: P
     backend.decoder = decoders.ByteLevel()
     backend.save(str(tmp_path / "tokenizer.json"))
     where = ["--output", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json"]
-    assert "does not give back" in _run("tokenize", "--input", texts, *where, expect=2)
+    assert "does not give back" in run_data_prep("tokenize", "--input", texts, *where, expect=2)
 
 
 def test_a_file_size_limit_and_a_read_only_place_end_cleanly(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "big.txt").write_text("\n".join(str(number**5) for number in range(40_000)))
     where = ["--output", tmp_path / "out", "--tokenizer", bpe]
-    output = _run("tokenize", "--input", tmp_path / "big.txt", *where, expect=2, limit_kib=300)
+    output = run_data_prep(
+        "tokenize", "--input", tmp_path / "big.txt", *where, expect=2, limit_kib=300
+    )
     assert "no space to write" in output
     assert [entry.name for entry in tmp_path.iterdir()] == ["big.txt"]
     where[1] = Path("/proc/nothing")
-    assert "/proc/nothing" in _run("tokenize", "--input", tmp_path / "big.txt", *where, expect=2)
+    assert "/proc/nothing" in run_data_prep(
+        "tokenize", "--input", tmp_path / "big.txt", *where, expect=2
+    )
 
 
 def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) -> None:
@@ -263,16 +260,16 @@ def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) 
             assert process.poll() is None
             time.sleep(0.02)
         if not before:  # two processes on one output
-            assert "another process is writing" in _run(*command, expect=2)
+            assert "another process is writing" in run_data_prep(*command, expect=2)
         process.send_signal(number)
         output = process.communicate(timeout=20)[0]
         assert process.returncode != 0
         assert "Traceback" not in output
         assert not (tmp_path / "out").exists()
-    refused = _run(*command[:-1], "200KB", expect=2)
+    refused = run_data_prep(*command[:-1], "200KB", expect=2)
     assert "options.shard_bytes: 100000 before, now 200000" in refused
-    assert "shards are done, going on" in _run(*command)
+    assert "shards are done, going on" in run_data_prep(*command)
     command[4] = tmp_path / "whole"
-    _run(*command, "--workers", "1")
+    run_data_prep(*command, "--workers", "1")
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["big.txt", "out", "whole"]

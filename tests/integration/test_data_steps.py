@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from data_prep.records import Document, read_documents, shard_paths
 from data_prep.shard_runner import ShardResult, ShardTask, open_run
 from data_prep.step import Step, run_step
 from megascale.errors import UserError
+from tests.integration.runs import run_data_prep
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
     *("the", "harbour", "wall", "old", "stone", "report", "money"),
     *("tuesday", "people", "many", "years", "first", "second"),
@@ -47,18 +45,6 @@ def _files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "report.json"
     }
-
-
-def _call(*arguments: object, expect: int = 0, limit_kib: int | None = None) -> str:
-    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    if limit_kib is not None:
-        limited = f'trap "" XFSZ; ulimit -f {limit_kib}; exec "$@"'
-        command = ["bash", "-c", limited, "bash", *command]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
-    assert "Traceback" not in output, output
-    assert done.returncode == expect, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -256,26 +242,26 @@ def test_a_second_process_and_changed_input_are_refused(documents: Path, tmp_pat
 
 def test_the_command_line(raw: Path, tmp_path: Path) -> None:
     shards, out = tmp_path / "shards", tmp_path / "out"
-    told = _call("read", "--input", f"web={raw}", "--output", shards, "--workers", 1)
+    told = run_data_prep("read", "--input", f"web={raw}", "--output", shards, "--workers", 1)
     assert "skipped 4 malformed json line" in told
     assert "64 documents" in told
     rules = ["--rule", "normalize", "--rule", "length: {min_characters: 50}"]
     command = ["clean", "--input", shards, "--output", out, "--workers", 1]
-    told = _call(*command, *rules, "--augment", "{typo_rate: 0.2}", "--keep-rejected")
+    told = run_data_prep(*command, *rules, "--augment", "{typo_rate: 0.2}", "--keep-rejected")
     assert "web: 1 rejected by length.short" in told
     assert "63 augmented" in told
     wrong = ["--rule", "lenght: {min_characters: 50}", "--rule", "scrub: {mail: x}"]
-    told = _call(*command, *wrong, expect=2)
+    told = run_data_prep(*command, *wrong, expect=2)
     assert "did you mean length?" in told
     assert "--rule[1].scrub.mail" in told
 
 
 def test_a_full_disk_leaves_nothing_half_written(raw: Path, tmp_path: Path) -> None:
     command = ["read", "--input", raw, "--output", tmp_path / "out", "--workers", 1]
-    told = _call(*command, expect=2, limit_kib=0)
+    told = run_data_prep(*command, expect=2, limit_kib=0)
     assert "no space to write" in told
     assert not (tmp_path / "out").exists()
-    _call(*command)
+    run_data_prep(*command)
     assert len(_documents(tmp_path / "out")) == 64
 
 

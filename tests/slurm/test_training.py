@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,6 @@ from tests.slurm.conftest import TestBed
 
 Numbers = list[tuple[float, ...]]
 STEP_S = {"TEST_STEP_S": "0.4"}
-AGAIN_S = 40.0
-"""From Slurm's detection of a lost node to the next step, on a machine that is not overloaded."""
 
 
 def _start_step(folder: Path) -> int:
@@ -99,7 +97,12 @@ def test_preemption(bed: TestBed, undisturbed: Numbers) -> None:
 
 
 @pytest.mark.parametrize("fault", ["power", "cable"])
-def test_a_lost_node(bed: TestBed, undisturbed: Numbers, fault: str) -> None:
+def test_a_lost_node(
+    bed: TestBed,
+    undisturbed: Numbers,
+    fault: str,
+    record_property: Callable[[str, object], None],
+) -> None:
     """The controller is restarted under the run, then a node is lost: it goes on elsewhere."""
     cluster = bed.cluster
     (job,) = bed.submit(bed.config(fault), "--nodes", 2, "--time", 30, **STEP_S)
@@ -123,10 +126,8 @@ def test_a_lost_node(bed: TestBed, undisturbed: Numbers, fault: str) -> None:
     assert bed.numbers(fault) == undisturbed
     started = read_json(second.folder / "started.json")
     assert started is not None
-    again = started["time_s"] - detected
-    print(f"training again {again:.1f} s after Slurm's detection")
-    overload = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    assert again < AGAIN_S * overload
+    # reported, not asserted: it depends on what else the machine does
+    record_property("training_again_s", started["time_s"] - detected)
 
 
 def test_a_chain(bed: TestBed) -> None:
