@@ -117,9 +117,8 @@ def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End |
         stop.unlink(missing_ok=True)
         if not text.startswith(BATCH_STOP):
             return End("user stop", f"the file {stop} was there at the start")
-    for (
-        attempt
-    ) in earlier:  # of a chain: what ended one link ends all, unless the next may do better
+    # of a chain: what ended one link ends all, unless the next may do better
+    for attempt in earlier:
         kind = attempt.end.kind if attempt.end else "node failure"
         if attempt.end and not KINDS[kind].again:
             return attempt.end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ def _whole(reader: CheckpointReader, name: str, kind: str) -> torch.Tensor:
     return torch.cat(list(reader.blocks(name, kind)))
 
 
+def _norm(tensors: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
 CASES = [("gpt2", 1), ("megascale", 2), ("llama", 3), ("gpt2", 0)]
 
 
@@ -95,12 +100,10 @@ def test_weights_and_moments_are_those_of_the_training(
     assert report.kinds == ("master", "exp_avg", "exp_avg_sq")
     assert report.updates == STEPS
     for kind_of_state in ("exp_avg", "exp_avg_sq"):
-        total = sum(
-            _whole(reader, name, kind_of_state).double().sum()
-            for name in reader.manifest.parameters
-        )
-        other = sum(state[kind_of_state].double().sum() for state in moments.values())
-        assert float(total) == pytest.approx(float(other), rel=1e-4, abs=1e-9)
+        # names and shapes are the family's own, so norms are compared: a plain sum cancels
+        found = [_whole(reader, name, kind_of_state) for name in reader.manifest.parameters]
+        wanted = [state[kind_of_state] for state in moments.values()]
+        assert _norm(found) == pytest.approx(_norm(wanted), rel=1e-5)
     if kind == "megascale":  # the same names: every element
         for name, state in moments.items():
             if name.endswith("key.bias"):
