@@ -247,7 +247,7 @@ def test_a_file_size_limit_and_a_read_only_place_end_cleanly(bpe: Path, tmp_path
 def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "big.txt").write_text("\n".join(str(number**5) for number in range(150_000)))
     command = ["tokenize", "--input", tmp_path / "big.txt", "--output", tmp_path / "out"]
-    command += ["--backend", "tokenizers"]  # slow enough to be met at work
+    command += ["--backend", "tokenizers"]  # slow enough to be met twice
     command += ["--tokenizer", bpe, "--documents", "line", "--shard-size", "100KB"]
     done = tmp_path / ".out.unfinished/.done"
     for number, workers in ((signal.SIGKILL, 2), (signal.SIGINT, 1)):
@@ -259,9 +259,11 @@ def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) 
         while len(list(done.glob("*.json"))) == before:
             assert process.poll() is None
             time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)  # met at work, and kept there
         if not before:  # two processes on one output
             assert "another process is writing" in run_data_prep(*command, expect=2)
         process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
         output = process.communicate(timeout=20)[0]
         assert process.returncode != 0
         assert "Traceback" not in output
