@@ -198,6 +198,18 @@ _IGNORED = (
         "the optimizer is adamw, lamb or muon",
     ),
     _ignored(
+        "performance.fused_optimizer",
+        "optimizer.name",
+        _among("adamw", "sgd"),
+        "the optimizer is adamw or sgd",
+    ),
+    _ignored(
+        "performance.compile",
+        "performance.fused_loss",
+        lambda choice: choice != "never",
+        "the loss is fused",
+    ),
+    _ignored(
         "schedule.decay_steps",
         "schedule.name",
         _among("linear", "cosine", "wsd"),

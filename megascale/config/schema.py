@@ -35,6 +35,7 @@ from megascale.config.fields import (
     to_tuple,
 )
 from megascale.config.model_schema import ModelConfig
+from megascale.config.performance_schema import PerformanceConfig
 
 
 class RunConfig(Section):
@@ -366,6 +367,10 @@ class LoggingConfig(Section):
     """Whether metrics are also written for TensorBoard."""
 
 
+LOGITS_WORTH_COMPILING = 10**12
+"""Of a run: compiled, each is some 1 ns of a CPU faster, and compiling takes some 10 s."""
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -391,6 +396,8 @@ class Config(Section):
     """When the state of training is saved."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """What is told while training."""
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
+    """Faster ways to the same result."""
 
     @property
     def resolved_decay_steps(self) -> int | None:
@@ -411,6 +418,20 @@ class Config(Section):
             return parallel.context_parallel_method
         ranks = parallel.tensor_parallel_size * parallel.context_parallel_size
         return "ring" if self.model.num_attention_heads % ranks else "ulysses"
+
+    @property
+    def fuses_loss(self) -> bool:
+        """Whether head and loss are one."""
+        choice = self.performance.fused_loss
+        return choice == "always" or (choice == "auto" and self.precision.dtype != "fp16")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the passes over the logits are compiled."""
+        choice, train = self.performance.compile, self.train
+        tokens = train.max_steps * train.global_batch_size * self.model.seq_length
+        long_enough = tokens * (self.model.vocab_size or 0) >= LOGITS_WORTH_COMPILING
+        return choice == "always" or (choice == "auto" and long_enough)
 
     @property
     def derived(self) -> dict[str, object]:

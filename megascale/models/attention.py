@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascale.models.blockwise_attention import Scoring, blockwise_attention
 from megascale.models.dropout import CounterDropout
 from megascale.models.rotary import Rotary, apply_rotary, rotary_tables
-from megascale.wide import widen
+
+AttentionKernel = Literal["auto", "sdpa", "blockwise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,12 @@ class Visibility:
             seen = seen & (queries == self.document_ids[:, None, None, columns]) | (back == 0)
         return seen.expand(-1, -1, -1, len(columns))
 
+    def of_samples(self, samples: slice) -> Visibility:
+        """The same of some of the samples."""
+        documents = None if self.document_ids is None else self.document_ids[samples]
+        real = None if self.real is None else self.real[samples]
+        return Visibility(self.causal, self.window, documents, real)
+
     def sees(self, rows: tuple[int, int], columns: tuple[int, int]) -> bool | None:
         """Whether the queries of an interval see all keys of another: True, False (they see none)
         or None (some, or it depends on the sample). Intervals are half-open.
@@ -90,14 +99,15 @@ class Visibility:
 class CoreAttention(nn.Module):
     """softmax(Q K^T / sqrt(K)) V with dropout on the probabilities; no parameters.
 
-    Without active dropout this is torch's fused scaled_dot_product_attention. With it the
-    probabilities must exist, because their mask is a function of the sample and not of a
-    generator: softmax in fp32, mask over the sample's (H, T, T). A soft-cap needs the scores, too.
+    Two ways to the same result. torch's fused scaled_dot_product_attention knows neither a bound
+    on the scores nor dropout that is a function of the sample, and on CPU it is slow in half
+    precision: these are computed a block of queries at a time (blockwise_attention.py).
 
     Args:
         dropout: probability for the attention probabilities. dropout_site: see CounterDropout.
         softcap: bound c of the scores, which become c * tanh(score / c); None for none.
         query_scaling: what stands for K under the square root; None for K.
+        kernel: "sdpa" or "blockwise" where both can be; "auto" for the faster one.
     """
 
     def __init__(
@@ -106,10 +116,11 @@ class CoreAttention(nn.Module):
         dropout_site: int,
         softcap: float | None = None,
         query_scaling: float | None = None,
+        kernel: AttentionKernel = "auto",
     ) -> None:
         super().__init__()
         self.dropout = CounterDropout(dropout, dropout_site)
-        self.softcap, self.query_scaling = softcap, query_scaling
+        self.softcap, self.query_scaling, self.kernel = softcap, query_scaling, kernel
 
     def forward(
         self,
@@ -129,35 +140,34 @@ class CoreAttention(nn.Module):
         Returns:
             (B, H, T, K).
         """
-        length, device = query.shape[2], query.device
-        mask = visibility.whole(length, device)
+        scale = 1 / math.sqrt(self.query_scaling or query.shape[-1])
+        dropping = self.training and self.dropout.p > 0
+        if dropping or self.softcap is not None or self._is_blockwise(query):
+            if dropping and keys is None:
+                raise self.dropout.missing_keys()
+            dropout = self.dropout if dropping else None
+            scoring = Scoring(visibility, scale, self.softcap, dropout, keys, query.shape[1])
+            return blockwise_attention(query, key, value, scoring)
+        mask = visibility.whole(query.shape[2], query.device)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             # Repeated here and not by enable_gqa, which some fused kernels answer by falling back
             # to the one that keeps all T x T scores.
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        if self.softcap is None and not (self.training and self.dropout.p > 0):
-            scale = None if self.query_scaling is None else 1 / math.sqrt(self.query_scaling)
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                is_causal=visibility.causal and mask is None,
-                scale=scale,
-            )
-        if mask is None and visibility.causal:
-            places = torch.arange(length, device=device)
-            mask = visibility.mask(places, places)
-        root = math.sqrt(self.query_scaling or query.shape[-1])
-        scores = query @ key.transpose(-1, -2) / root  # (B, H, T, T)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = widen(scores)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        probabilities = self.dropout(scores.softmax(dim=-1), keys)
-        return probabilities.to(value.dtype) @ value
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=visibility.causal and mask is None,
+            scale=scale,
+        )
+
+    def _is_blockwise(self, query: Tensor) -> bool:
+        """Measured: on CPU faster in half precision, slower in fp32 (docs/benchmarks.md)."""
+        if self.kernel == "auto":
+            return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        return self.kernel == "blockwise"
 
 
 class Attention(nn.Module):
@@ -172,7 +182,7 @@ class Attention(nn.Module):
         rotary: how queries and keys are rotated; None for not at all.
         query_norm, key_norm: norms over the K features of each head, before the rotation; None
             for none (arXiv:2010.04245).
-        dropout, dropout_site, softcap, query_scaling: see CoreAttention.
+        dropout, dropout_site, softcap, query_scaling, kernel: see CoreAttention.
     """
 
     def __init__(
@@ -191,6 +201,7 @@ class Attention(nn.Module):
         dropout_site: int,
         softcap: float | None = None,
         query_scaling: float | None = None,
+        kernel: AttentionKernel = "auto",
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = head_dim, rotary
@@ -200,7 +211,7 @@ class Attention(nn.Module):
         output_bias = bias if output_bias is None else output_bias
         self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
         self.query_norm, self.key_norm = query_norm, key_norm
-        self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling)
+        self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling, kernel)
 
     def forward(
         self, x: Tensor, position_ids: Tensor, visibility: Visibility, keys: Tensor | None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, Visibility
+from megascale.models.attention import Attention, AttentionKernel, Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
@@ -63,6 +63,8 @@ class BERTConfig:
     """After the embedding's norm and at the end of both residual branches."""
     attention_dropout: float = 0.0
     """On the attention probabilities."""
+    attention_kernel: AttentionKernel = "auto"
+    """How attention is computed where there are two ways, see CoreAttention."""
     init_std: float = 0.02
 
     @property
@@ -155,6 +157,7 @@ def build_layer(config: BERTConfig, index: int) -> PostNormLayer:
         bias=True,
         dropout=config.attention_dropout,
         dropout_site=site + _PROBABILITIES,
+        kernel=config.attention_kernel,
     )
     return PostNormLayer(
         attention_norm=norm(),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.models.bert import BERTConfig
+from megascale.models.head import Reduce
 from megascale.models.norm import build_norm
 
 
@@ -17,8 +18,12 @@ class TiedDecoder(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """``hidden`` (..., D), ``tokens`` (V, D) -> logits (..., V)."""
+    def forward(self, hidden: Tensor, tokens: Tensor, reduce: Reduce | None = None) -> Tensor:
+        """``hidden`` (..., D), ``tokens`` (V, D) -> logits (..., V), or what ``reduce`` makes of
+        them.
+        """
+        if reduce is not None:
+            return reduce(hidden, tokens, self.bias, None)
         return F.linear(hidden, tokens, self.bias)
 
 
@@ -32,10 +37,12 @@ class MaskedLMHead(nn.Module):
         self.decoder = TiedDecoder(config.vocab_size)
         self._approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """``hidden`` (..., D), ``tokens`` (V, D), the embedding's weight -> logits (..., V)."""
+    def forward(self, hidden: Tensor, tokens: Tensor, reduce: Reduce | None = None) -> Tensor:
+        """``hidden`` (..., D), ``tokens`` (V, D), the embedding's weight -> logits (..., V), or
+        what ``reduce`` makes of them.
+        """
         transformed = self.norm(F.gelu(self.dense(hidden), approximate=self._approximate))
-        return self.decoder(transformed, tokens)
+        return self.decoder(transformed, tokens, reduce)
 
 
 class SentenceHead(nn.Module):

@@ -150,13 +150,17 @@ class CounterDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         if keys is None:
-            raise ValueError(
-                f"dropout p={self.p} is active in training but no dropout_keys were given; pass "
-                "dropout_keys=sample_keys(seed, sample_ids), or call .eval(), or set dropout to 0"
-            )
+            raise self.missing_keys()
         places = [self.coordinates(d, n, x.device) for d, n in enumerate(x.shape[1:])]
         keep = self.keep(keys, [at for at, _ in places], [full for _, full in places])
         return x.masked_fill(~keep, 0.0) * (1.0 / (1.0 - self.p))
+
+    def missing_keys(self) -> ValueError:
+        """What to raise where dropout is active and the samples are not known."""
+        return ValueError(
+            f"dropout p={self.p} is active in training but no dropout_keys were given; pass "
+            "dropout_keys=sample_keys(seed, sample_ids), or call .eval(), or set dropout to 0"
+        )
 
     def keep(
         self, keys: Tensor, coordinates: Sequence[Tensor], global_shape: Sequence[int]

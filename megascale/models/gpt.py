@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
-from megascale.models.attention import Attention, Visibility
+from megascale.models.attention import Attention, AttentionKernel, Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
 from megascale.models.embedding import Embedding
@@ -77,6 +77,8 @@ class GPTConfig:
     """Each head of queries and keys is normalised before its rotation (Qwen 3)."""
     query_scaling: float | None = None
     """Attention scores are divided by the root of this; None: of the head width."""
+    attention_kernel: AttentionKernel = "auto"
+    """How attention is computed where there are two ways, see CoreAttention."""
     attention_softcap: float | None = None
     """Bound c of the attention scores: c * tanh(score / c)."""
     logit_softcap: float | None = None
@@ -257,6 +259,7 @@ def _attention(config: GPTConfig, index: int, site: int) -> Attention:
         dropout_site=site + _PROBABILITIES,
         softcap=config.attention_softcap,
         query_scaling=config.query_scaling,
+        kernel=config.attention_kernel,
     )
 
 

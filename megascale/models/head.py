@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Reduce = Callable[[Tensor, Tensor, Tensor | None, float | None], Tensor]
+"""(hidden (..., D), weight (V, D), bias (V,) or None, softcap or None) -> what is wanted of the
+logits that these make, without the logits themselves."""
 
 
 class LMHead(nn.Module):
@@ -27,8 +33,11 @@ class LMHead(nn.Module):
             self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
             nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """``hidden`` (B, T, D), ``tied_weight`` (V, D) exactly when tied -> logits (B, T, V).
+    def forward(
+        self, hidden: Tensor, tied_weight: Tensor | None = None, reduce: Reduce | None = None
+    ) -> Tensor:
+        """``hidden`` (B, T, D), ``tied_weight`` (V, D) exactly when tied -> logits (B, T, V), or
+        what ``reduce`` makes of them.
 
         Raises:
             ValueError: a tied head without ``tied_weight``, or an untied one with it.
@@ -39,5 +48,8 @@ class LMHead(nn.Module):
                 f"{'out' if tied_weight is None else ''} tied_weight; a tied head needs the token "
                 "embedding's weight at each call and an untied head takes none"
             )
-        logits = F.linear(hidden, self.weight if tied_weight is None else tied_weight)
+        weight = self.weight if tied_weight is None else tied_weight
+        if reduce is not None:
+            return reduce(hidden, weight, None, self.softcap)
+        logits = F.linear(hidden, weight)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

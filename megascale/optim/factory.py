@@ -43,6 +43,8 @@ class OptimizerSettings:
         lr: first learning rate; the schedule sets each group's "lr" before every update.
         betas, eps: of adamw, lamb and muon's AdamW; betas of lion too.
         momentum: of sgd and muon.
+        fused: whether adamw and sgd update a tensor in one pass over its state, in torch's fused
+            kernels of the device, instead of a pass for each operation.
     """
 
     name: str
@@ -50,6 +52,7 @@ class OptimizerSettings:
     betas: tuple[float, float]
     eps: float
     momentum: float
+    fused: bool = True
 
 
 def build_optimizer(
@@ -101,10 +104,7 @@ def state_shapes(optimizer: str, name: str, shape: tuple[int, ...]) -> dict[str,
     return dict.fromkeys(STATE_KEYS[optimizer], shape)
 
 
-def _fused(groups: Groups) -> bool:
-    # One tensor after the other: the batched (foreach) path refuses a mix of sharded and plain
-    # tensors, and on CPU neither it nor the fused one is what the parity tests compare with.
-    return all(parameter.is_cuda for group in groups for parameter in group["params"])
+# Never torch's batched (foreach) path: it refuses a mix of sharded and plain tensors.
 
 
 def _adamw(settings: OptimizerSettings, groups: Groups, _: Sum) -> torch.optim.Optimizer:
@@ -115,7 +115,7 @@ def _adamw(settings: OptimizerSettings, groups: Groups, _: Sum) -> torch.optim.O
         eps=settings.eps,
         weight_decay=0.0,
         foreach=False,
-        fused=_fused(groups),
+        fused=settings.fused,
     )
 
 
@@ -126,7 +126,7 @@ def _sgd(settings: OptimizerSettings, groups: Groups, _: Sum) -> torch.optim.Opt
         momentum=settings.momentum,
         weight_decay=0.0,
         foreach=False,
-        fused=_fused(groups),
+        fused=settings.fused,
     )
 
 

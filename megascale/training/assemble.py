@@ -287,7 +287,12 @@ def optimizer_recipe(config: Config) -> OptimizerRecipe:
     """How every engine builds the config's optimizer."""
     optimizer = config.optimizer
     settings = OptimizerSettings(
-        optimizer.name, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.momentum
+        optimizer.name,
+        optimizer.lr,
+        optimizer.betas,
+        optimizer.eps,
+        optimizer.momentum,
+        fused=config.performance.fused_optimizer != "never",
     )
 
     def build(

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megascale.config.schema import Config
 from megascale.data.protocol import IGNORE_LABEL
 from megascale.parallel.cross_entropy import vocab_parallel_cross_entropy, whole_vocabulary
+from megascale.parallel.linear_cross_entropy import LossTerms, linear_cross_entropy
 from megascale.wide import widen
 
 
@@ -36,11 +38,15 @@ class TokenLoss:
         z_loss: coefficient of log(Z)^2 of each target, Z the softmax's normaliser; keeps the
             logits from drifting (PaLM, arXiv:2204.02311, section 5).
         part: where the vocabulary is cut over ranks, the part that this rank has.
+        fused: whether `of_product` works on a block of tokens at a time, without whole logits.
+        compiled: whether its passes over the logits are compiled.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     part: VocabularyPart | None = None
+    fused: bool = False
+    compiled: bool = False
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, *, training: bool
@@ -73,6 +79,34 @@ class TokenLoss:
             total = total + z_loss * log_z.square()[targets != IGNORE_LABEL].sum()
         return total
 
+    def of_product(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        *,
+        labels: torch.Tensor,
+        training: bool,
+    ) -> torch.Tensor:
+        """The same sum from what the logits are made of, see `linear_cross_entropy`.
+
+        Args:
+            hidden: (..., D). weight: (V, D) or the part's (V_local, D). bias: (V,), (V_local,).
+            softcap: see `LMHead`. labels: (...).
+        """
+        terms = LossTerms(
+            vocab_size=self.part.vocab_size if self.part else len(weight),
+            first_id=self.part.first_id if self.part else 0,
+            group=self.part.group if self.part else None,
+            ignore_index=IGNORE_LABEL,
+            label_smoothing=self.label_smoothing if training else 0.0,
+            z_loss=self.z_loss if training else 0.0,
+            softcap=softcap,
+            compiled=self.compiled and hidden.device.type == "cpu",
+        )
+        return linear_cross_entropy(hidden.flatten(0, -2), weight, bias, labels.flatten(), terms)
+
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits (..., V) of the whole vocabulary; collective where it is cut."""
         if self.part is None:
@@ -83,3 +117,14 @@ class TokenLoss:
             vocab_size=self.part.vocab_size,
             group=self.part.group,
         )
+
+
+def token_loss(config: Config) -> TokenLoss:
+    """The loss that a run asks for."""
+    train = config.train
+    return TokenLoss(
+        train.label_smoothing,
+        train.z_loss,
+        fused=config.fuses_loss,
+        compiled=config.fuses_loss and config.compiles,
+    )

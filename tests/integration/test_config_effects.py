@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,10 @@ ROWS = (
     Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),
+    Row("performance.fused_loss", "never", ("operations",)),
+    Row("performance.attention", "blockwise", ("operations",)),
+    Row("performance.fused_optimizer", "never", ("operations",)),
+    Row("performance.compile", "always", ("operations",)),
 )
 
 
@@ -274,8 +279,22 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(value).hexdigest()[:16]
 
 
-def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Runs on the rank: train by this config as the command line does, and tell what is seen."""
+@contextmanager
+def _operations(seen: dict[str, Any]) -> Iterator[None]:
+    """Put the names of what torch runs inside into `seen`; compiled code has changing names."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        yield
+    names = {event.name for event in profiler.events() if event.name.startswith("aten::")}
+    compiled = any("Compiled" in event.name for event in profiler.events())
+    seen["operations"] = sorted(names | ({"compiled"} if compiled else set()))
+
+
+def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[str, Any]:
+    """Runs on the rank: train by this config as the command line does, and tell what is seen.
+
+    Args:
+        watched: whether the names of torch's operations are wanted, too.
+    """
     from rich.console import Console
 
     from megascale.cli.config import all_checks
@@ -318,7 +337,8 @@ def observe(tree: dict[str, Any], folder: str) -> dict[str, Any]:
     offloading = ("cpu_offload", "offload_optimizer", "offload_param")
     seen["offloaded"] = [bool(getattr(zero, name, False)) for name in offloading]
     try:
-        run.trainer.fit()
+        with _operations(seen) if watched else nullcontext():
+            run.trainer.fit()
     except UserError as error:
         seen["ended"] = str(error)
     finally:
@@ -372,7 +392,9 @@ class Observer:
     _base: dict[str, dict[str, Any]] = field(default_factory=dict)
     _count: int = 0
 
-    def __call__(self, changes: Mapping[str, Any], world: int = 1) -> dict[str, Any]:
+    def __call__(
+        self, changes: Mapping[str, Any], world: int = 1, watched: bool = False
+    ) -> dict[str, Any]:
         self._count += 1
         folder = self.root / f"run_{self._count}"
         folder.mkdir()
@@ -382,7 +404,7 @@ class Observer:
             section, _, name = path.partition(".")
             value = self._filled(value, folder)
             tree.setdefault(section, {})[name] = value
-        return self.pools(world).run(observe, tree=tree, folder=str(folder))[0]
+        return self.pools(world).run(observe, tree=tree, folder=str(folder), watched=watched)[0]
 
     def _filled(self, value: Any, folder: Path) -> Any:
         if isinstance(value, dict):
@@ -391,11 +413,13 @@ class Observer:
             return [self._filled(item, folder) for item in value]
         return value.format(folder=folder, **self.names) if isinstance(value, str) else value
 
-    def base(self, changes: Mapping[str, Any], world: int = 1) -> dict[str, Any]:
+    def base(
+        self, changes: Mapping[str, Any], world: int = 1, watched: bool = False
+    ) -> dict[str, Any]:
         """The run that a change is compared with."""
-        key = f"{world} {json.dumps(dict(changes), sort_keys=True)}"
+        key = f"{world} {watched} {json.dumps(dict(changes), sort_keys=True)}"
         if key not in self._base:
-            self._base[key] = self(changes, world)
+            self._base[key] = self(changes, world, watched)
         return self._base[key]
 
 
@@ -438,8 +462,9 @@ def test_two_runs_of_one_config_show_the_same(observer: Observer) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.leaf}={row.value}" for row in ROWS])
 def test_a_change_has_an_effect(row: Row, observer: Observer) -> None:
-    changed = observer({**row.base, row.leaf: row.value}, row.world)
-    base = observer.base(row.base, row.world)
+    watched = "operations" in row.shows
+    changed = observer({**row.base, row.leaf: row.value}, row.world, watched)
+    base = observer.base(row.base, row.world, watched)
     assert "refused" not in base, base["refused"]
     if row.leaf != "run.device":  # refused where there is no GPU: that is its effect
         assert "refused" not in changed, changed["refused"]

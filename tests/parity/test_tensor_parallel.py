@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megascale.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megascale.parallel.linear_cross_entropy import LossTerms, linear_cross_entropy
+from megascale.training.losses import TokenLoss
 from tests.distributed import Pools
 from tests.parity.harness import Record, merge, record_rank, relative, resume_rank, save_rank
 from tests.parity.test_engines import assert_same, settings_of
@@ -158,6 +160,56 @@ def test_vocab_parallel_cross_entropy(pools: Pools, vocab: int) -> None:
         assert relative(loss, expected.item()) < 1e-6
     gradient = torch.cat([part for _, part in parts], dim=1)
     assert relative(gradient.numpy(), logits.grad.numpy()) < 1e-6
+
+
+def _loss_of_product(seed: int, vocab: int, terms: dict[str, float]) -> tuple[float, list]:
+    """Runs on every rank: loss, and the gradients of hidden states, own weight and bias."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = _product(generator, vocab)
+    labels = torch.randint(0, vocab, (7,), generator=generator)
+    labels[2] = -100
+    rank, size = dist.get_rank(), dist.get_world_size()
+    begin, end = rank * vocab // size, (rank + 1) * vocab // size
+    values = [hidden, weight[begin:end].clone(), bias[begin:end].clone()]
+    for value in values:
+        value.requires_grad_()
+    loss = linear_cross_entropy(*values, labels, LossTerms(vocab, begin, dist.group.WORLD, **terms))
+    (loss * 3).backward()
+    return loss.item(), [value.grad for value in values]
+
+
+def _product(generator: torch.Generator, vocab: int) -> list[torch.Tensor]:
+    shapes = ((7, 6), (vocab, 6), (vocab,))
+    return [torch.randn(*s, generator=generator, dtype=torch.float64) * 3 for s in shapes]
+
+
+@pytest.mark.parametrize("vocab", [4, 50])
+@pytest.mark.parametrize(
+    "terms", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"softcap": 2.0}], ids=str
+)
+def test_fused_loss_over_a_cut_vocabulary(
+    pools: Pools, vocab: int, terms: dict[str, float]
+) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    values = _product(generator, vocab)
+    labels = torch.randint(0, vocab, (7,), generator=generator)
+    labels[2] = -100
+    for value in values:
+        value.requires_grad_()
+    logits = F.linear(*values)
+    cap = terms.get("softcap")
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    smoothing = terms.get("label_smoothing", 0.0)
+    expected = TokenLoss(smoothing, terms.get("z_loss", 0.0))(logits, labels, training=True)
+    (expected * 3).backward()
+    parts = pools(4).run(_loss_of_product, seed=vocab, vocab=vocab, terms=terms)
+    for loss, _ in parts:
+        assert relative(loss, expected.item()) < 1e-13
+    hidden = sum(grads[0] for _, grads in parts)  # each rank's part of a sum
+    found = [hidden, *(torch.cat([grads[i] for _, grads in parts]) for i in (1, 2))]
+    for ours, value in zip(found, values, strict=True):
+        assert value.grad is not None
+        assert relative(ours.numpy(), value.grad.numpy()) < 1e-12
 
 
 def test_copies_count_once(references: dict[str, Record]) -> None:

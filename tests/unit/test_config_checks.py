@@ -251,6 +251,20 @@ CASES: dict[str, list[Case]] = {
             "optimizer.name=lion optimizer.betas=[0.8,0.9]",
         ),
     ],
+    "ignored:performance.fused_optimizer": [
+        Case(
+            "optimizer.name=lion performance.fused_optimizer=never",
+            "performance.fused_optimizer",
+            SGD + "performance.fused_optimizer=never",
+        ),
+    ],
+    "ignored:performance.compile": [
+        Case(
+            "performance.fused_loss=never performance.compile=always",
+            "performance.compile",
+            "performance.compile=always",
+        ),
+    ],
     "ignored:optimizer.eps": [
         Case(SGD + "optimizer.eps=1e-3", "optimizer.eps", "optimizer.eps=1e-3"),
         Case(

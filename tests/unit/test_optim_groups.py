@@ -73,11 +73,11 @@ def test_sgd_with_momentum_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_one_tensor_at_a_time_on_cpu(name: str) -> None:
+def test_one_tensor_at_a_time_and_in_one_pass(name: str) -> None:
     optimizer = build(name, parameter_groups(GPT(CONFIG).named_parameters(), 0.1))
     for group in optimizer.param_groups:
         assert group["foreach"] is False
-        assert group["fused"] is False
+        assert group["fused"] is True
         assert group["lr"] == 0.1
 
 

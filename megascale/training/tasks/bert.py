@@ -27,6 +27,7 @@ from megascale.models.flops import (
     bert_head_flops_per_token,
     bert_layer_flops_per_token,
 )
+from megascale.models.head import Reduce
 from megascale.models.initialization import initialize
 from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
@@ -46,7 +47,7 @@ from megascale.training.datasets import (
     open_run_data,
     require_mode,
 )
-from megascale.training.losses import TokenLoss, VocabularyPart
+from megascale.training.losses import TokenLoss, VocabularyPart, token_loss
 
 
 def bert_config(model: ModelConfig) -> BERTConfig:
@@ -152,15 +153,20 @@ class BERTModule(nn.Module):
         )
 
     def _heads(
-        self, hidden: torch.Tensor, chosen: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        chosen: torch.Tensor | None,
+        reduce: Reduce | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `logits` returns, from the hidden states (B, T, D)."""
+        """What `logits` returns, from the hidden states (B, T, D); of tokens, or what `reduce`
+        makes of their logits.
+        """
         hidden = self.encoded(hidden)
         sentence = None if self.sentence_head is None else self.sentence_head(hidden)
         assert self.model.embedding is not None
         assert self.head is not None
         wanted = hidden if chosen is None else hidden[chosen]
-        return self.head(wanted, self.model.embedding.tokens.weight), sentence
+        return self.head(wanted, self.model.embedding.tokens.weight, reduce), sentence
 
     def forward(
         self,
@@ -182,9 +188,14 @@ class BERTModule(nn.Module):
             return states
         chosen = labels != IGNORE_LABEL
         # The head is computed for masked tokens only: V x D for 15 % of the positions.
-        tokens, sentence = self._heads(states, chosen)
         targets = labels[chosen]
-        losses = [self.loss(tokens, targets, training=self.training)]
+        if self.training and self.loss.fused:
+            reduce = partial(self.loss.of_product, labels=targets, training=True)
+            token_loss, sentence = self._heads(states, chosen, reduce)
+        else:
+            tokens, sentence = self._heads(states, chosen)
+            token_loss = self.loss(tokens, targets, training=self.training)
+        losses = [token_loss]
         counts = [chosen.sum()]
         if sentence is not None:
             assert sentence_labels is not None
@@ -250,13 +261,13 @@ class BERTTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._bert = bert_config(config.model)
+        kernel = config.performance.attention
+        self._bert = replace(bert_config(config.model), attention_kernel=kernel)
 
     def build_module(self) -> BERTModule:
         """See `Task.build_module`."""
         objective = self._config.data.sentence_objective
-        train = self._config.train
-        loss = TokenLoss(train.label_smoothing, train.z_loss)
+        loss = token_loss(self._config)
         return BERTModule(self._bert, self._config.run.seed, objective, loss)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:

@@ -27,7 +27,7 @@ from megascale.models.flops import (
     layer_flops_per_token,
 )
 from megascale.models.gpt import GPT, GPTConfig
-from megascale.models.head import LMHead
+from megascale.models.head import LMHead, Reduce
 from megascale.models.initialization import initialize
 from megascale.models.mlp import is_gated
 from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
@@ -47,7 +47,7 @@ from megascale.training.datasets import (
     open_run_data,
     require_mode,
 )
-from megascale.training.losses import TokenLoss, VocabularyPart
+from megascale.training.losses import TokenLoss, VocabularyPart, token_loss
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -143,11 +143,11 @@ class GPTModule(nn.Module):
         """
         return self._head(self.hidden_states(input_ids, sample_ids, position_ids, document_ids))
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _head(self, hidden: torch.Tensor, reduce: Reduce | None = None) -> torch.Tensor:
         assert self.head is not None
         embedding = self.model.embedding
         tied = embedding.tokens.weight if self.head.tied and embedding is not None else None
-        return self.head(hidden, tied)
+        return self.head(hidden, tied, reduce)
 
     def forward(
         self,
@@ -170,10 +170,14 @@ class GPTModule(nn.Module):
         )
         if chunk is not None and not chunk.is_last:
             return states
-        logits = self._head(states)
         if labels is None:
+            logits = self._head(states)
             return self.loss.whole(logits), torch.zeros((), device=logits.device)
-        loss_sum = self.loss(logits, labels, training=self.training)
+        if self.loss.fused:
+            reduce = partial(self.loss.of_product, labels=labels, training=self.training)
+            loss_sum = self._head(states, reduce)
+        else:
+            loss_sum = self.loss(self._head(states), labels, training=self.training)
         return loss_sum, (labels != IGNORE_LABEL).sum()
 
 
@@ -227,12 +231,12 @@ class GPTTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._gpt = gpt_config(config.model)
+        kernel = config.performance.attention
+        self._gpt = replace(gpt_config(config.model), attention_kernel=kernel)
 
     def build_module(self) -> GPTModule:
         """See `Task.build_module`."""
-        train = self._config.train
-        loss = TokenLoss(train.label_smoothing, train.z_loss)
+        loss = token_loss(self._config)
         return GPTModule(self._gpt, self._config.run.seed, loss)
 
     def blocks(self, module: nn.Module) -> Sequence[nn.Module]:

@@ -1,0 +1,25 @@
+"""The section `performance` of the settings; see schema.py."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megascale.config.fields import Section
+
+Choice = Literal["auto", "always", "never"]
+
+
+class PerformanceConfig(Section):
+    """Faster ways to the same result, up to rounding."""
+
+    fused_loss: Choice = "auto"
+    """Whether head and loss are computed a part of the tokens at a time, so that logits never
+    exist whole; auto: unless in fp16, whose gradients would miss the loss scale on the way."""
+    attention: Literal["auto", "sdpa", "blockwise"] = "auto"
+    """How attention without dropout or soft-cap is computed: torch's fused kernel, or a block of
+    queries at a time; auto: the second in bf16 and fp16 on CPU, where it is faster."""
+    fused_optimizer: Choice = "auto"
+    """Whether adamw and sgd update a tensor in one pass over it; auto: yes."""
+    compile: Choice = "auto"
+    """Whether the passes of the fused loss are compiled on CPU, which takes some 10 s at the start;
+    auto: in runs that are long enough for it."""
