@@ -7,6 +7,7 @@ answer in time ends the pool: the next test that asks gets a fresh one, and no t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -34,6 +35,7 @@ def _worker(rank: int, world_size: int, store_path: str, conn: Connection) -> No
     dist.init_process_group(
         "gloo", store=dist.FileStore(store_path, world_size), rank=rank, world_size=world_size
     )
+    gc.freeze()  # what was imported is never garbage, and there is much of it
     while True:
         task = conn.recv()
         if task is None:
@@ -48,7 +50,7 @@ def _worker(rank: int, world_size: int, store_path: str, conn: Connection) -> No
 
 
 def _drop_groups() -> None:
-    """Destroy the groups that a task left behind.
+    """Destroy the groups that a task left behind, and their threads.
 
     Each has three polling threads: after some hundred meshes (1,600 threads a rank were seen) a
     pool did nothing but poll. DeepSpeed keeps some groups for the life of the process.
@@ -58,9 +60,13 @@ def _drop_groups() -> None:
     kept = {id(dist.group.WORLD)}
     if "deepspeed" in sys.modules:
         kept |= {id(value) for value in vars(sys.modules["deepspeed.utils.groups"]).values()}
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if id(group) not in kept:
-            dist.destroy_process_group(group)
+    left = [group for group in dist.distributed_c10d._world.pg_map if id(group) not in kept]
+    for group in left:
+        dist.destroy_process_group(group)
+    if left:
+        from megascale.parallel.mesh import forget_groups
+
+        forget_groups()
 
 
 class RankPool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megascale.errors import UserError
 
@@ -137,6 +139,17 @@ class ParallelMesh:
         groups = {mesh.get_group() for mesh in meshes} - {dist.group.WORLD}
         for group in sorted(groups, key=lambda group: group.group_name):  # alike on all ranks
             dist.destroy_process_group(group)
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """End the threads of destroyed groups: drop what still refers to them.
+
+    That are DTensor's cache of shardings (FSDP2), which keeps each mesh, and cycles. Measured
+    without: after 140 layouts of `megascale verify layout` a process had 180 polling threads.
+    """
+    _clear_sharding_prop_cache()
+    gc.collect()
 
 
 def limit_waits(timeout: timedelta) -> None:

@@ -43,7 +43,8 @@ class OutputSums:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def add(_: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, torch.Tensor) and out.is_floating_point():
+            # a scalar is a sum over tokens (a head that is one with its loss), cut like these
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.dim():
                 wide = out.detach().double()
                 sums = self.sums.setdefault(name, [0.0, 0.0, 0.0])
                 new = (out.numel(), wide.sum().item(), wide.square().sum().item())

@@ -134,3 +134,25 @@ def test_the_command(token_prefix: Path, tmp_path: Path) -> None:
     assert row["variants"]["sgd"]["gradient"] < 1e-5
     assert set(row["sent_bytes"]) == {f"tp {kind}" for kind in _SENT}
     assert row["held_bytes"]["weights"] == row["held_bytes"]["states"]  # momentum
+
+
+def _threads_of(settings: dict[str, Any], folder: str, layouts: list[Layout]) -> list[int]:
+    """Runs on every rank: its threads after each recorded layout."""
+    counts = []
+    for layout in layouts:
+        _record(settings, folder, layout)
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    return counts
+
+
+def test_threads_of_groups_end_with_their_layout(
+    pools: Pools, token_prefix: Path, tmp_path: Path
+) -> None:
+    """FSDP2's caches kept each mesh, and three polling threads of each of its groups."""
+    sharded = [Layout(dp=2, zero=stage, engine="torch") for stage in (1, 2, 3)]
+    settings = settings_of(token_prefix, MODEL)
+    counts = pools(2).run(
+        _threads_of, settings=settings, folder=str(tmp_path), layouts=[*sharded, *sharded]
+    )
+    for after in counts:
+        assert after[-1] <= after[0], after

@@ -1,0 +1,1 @@
+"""Other stacks on the job of job.py; each prints one JSON line."""
