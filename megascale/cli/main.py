@@ -19,6 +19,7 @@ from megascale.cli import verify as verify_command
 from megascale.cli.doctor import doctor
 from megascale.cli.evaluate import evaluate
 from megascale.cli.generate import generate
+from megascale.cli.profile import profile
 from megascale.cli.submit import submit
 from megascale.cli.train import train
 from megascale.errors import UserError
@@ -40,7 +41,7 @@ def build_app() -> typer.Typer:
     app.add_typer(jobs_command.app, name="jobs")
     app.add_typer(plan_command.app, name="plan")
     app.add_typer(verify_command.app, name="verify")
-    for command in (train, evaluate, generate, submit, doctor):
+    for command in (train, evaluate, generate, profile, submit, doctor):
         app.command()(command)
     return app
 

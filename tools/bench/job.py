@@ -8,12 +8,18 @@ update and reading the loss, as any training loop does it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,3 +149,20 @@ def matmul_peak(dtype: torch.dtype, threads: int) -> float:
             a @ b
             best = max(best, 2.0 * rows * inner * columns / (time.process_time() - begun))
     return best
+
+
+def machine() -> dict[str, str]:
+    """What a figure was measured on."""
+    names = ("torch", "transformers", "accelerate", "deepspeed", "megatron-core", "litgpt")
+    versions = []
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    model = cpus[0].partition(":")[2].strip() if cpus else platform.processor()
+    return {
+        "cpu": f"{model}, {os.cpu_count()} cores",
+        "versions": ", ".join(versions),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "load": f"{os.getloadavg()[1]:.1f} on average over 5 minutes at the end",
+    }

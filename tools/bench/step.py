@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from tools.bench.job import Job, as_json, matmul_peak
+from tools.bench.job import Job, as_json, machine, matmul_peak
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "ours"
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--stacks", help=f"some of: {', '.join(STACKS)}")
     parser.add_argument("--allocators", default="default,tcmalloc")
+    parser.add_argument("--title", default="A training step", help="in docs/benchmarks.md")
     parser.add_argument("--json", type=Path, help="write the results here, too")
     arguments = parser.parse_args()
     job = replace(Job(), **json.loads(arguments.job))
@@ -178,7 +179,13 @@ def main() -> None:
     for allocator, table in tables.items():
         show(table, allocator)
     if arguments.json:
-        content = {"job": json.loads(as_json(job)), "matmul_peak": peak, "tables": tables}
+        content = {
+            "title": arguments.title,
+            "machine": machine(),
+            "job": json.loads(as_json(job)),
+            "matmul_peak": peak,
+            "tables": tables,
+        }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
