@@ -136,7 +136,7 @@ class _Pass:
             hidden, labels = self.hidden[rows], self.labels[rows]
             own = buffer[: len(labels)]
             # ranks meet once in a group; a rank alone finishes a block while it is in the caches
-            for part in _slices(len(labels), len(labels) if self.terms.group else block):
+            for part in _slices(len(labels), group if self.terms.group else block):
                 total += self._losses(hidden[part], labels[part], own[part], block)
             if self.gradients:
                 self._multiply_back(rows, own)
