@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from megascale.checkpoint.background import BackgroundTask, Snapshot
+from megascale.checkpoint.background import BackgroundTask, Snapshot, mark_ready
 from megascale.checkpoint.lock import RunLock
 from megascale.checkpoint.manifest import MANIFEST_NAME
 from megascale.checkpoint.ranks import Ranks, agree, make_ranks
@@ -155,7 +155,7 @@ class CheckpointManager(CheckpointFolder):
         root: the run's checkpoint folder (local path or fsspec URL).
         keep_last: how many complete checkpoints to keep; None keeps all.
         keep_every: multiples of it are kept too.
-        asynchronous: `save` returns when the state is copied to host memory.
+        asynchronous: `save` returns at once, see there.
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
         storage, ranks: of `root` and of the run; by default new ones.
@@ -201,7 +201,8 @@ class CheckpointManager(CheckpointFolder):
     ) -> str:
         """Write the checkpoint of `step`, then prune; collective. Returns its path.
 
-        Asynchronous: first waits for the save before, then for the copy to host memory only.
+        Asynchronous: first waits for the save before. Then the fragments' data must not change
+        until `wait_until_copied` returns; everything else may.
 
         Args:
             fragments: what this rank owns; each element is on one rank.
@@ -212,21 +213,33 @@ class CheckpointManager(CheckpointFolder):
             UserError: this save, or the one before in the background, failed on some rank.
         """
         self.finish()
-        owned = own(list(fragments), list(replicas), self._ranks)
-        if self._asynchronous:
-            owned = self._snapshot.take(owned)
+        ranks, owned, held = self._ranks, list(fragments), list(replicas)
         frozen = json.loads(json.dumps(state))
-        random = torch.get_rng_state()
-        content = Content(step, owned, random, frozen, dict(attachments), self._asynchronous)
+        content = Content(
+            step, owned, torch.get_rng_state(), frozen, dict(attachments), self._asynchronous
+        )
         kept = [] if keep is None else [keep]
         if self._asynchronous:
-            self._task.start(lambda: self._write(content, kept))
-        elif self._staging is not None:
+            ready = mark_ready([*held, *owned])
+            self._task.start(
+                lambda: self._snapshot.take(own(owned, held, ranks), ready),
+                lambda copies: self._write(replace(content, fragments=copies), kept),
+            )
+            return self.path(step)
+        content = replace(content, fragments=own(owned, held, ranks))
+        if self._staging is not None:
             self._write_to(self._staging, content)
-            self._task.start(lambda: self._upload(content.step, kept))
+            self._task.start(lambda: step, lambda staged: self._upload(staged, kept))
         else:
             self._write(content, kept)
         return self.path(step)
+
+    def wait_until_copied(self) -> None:
+        """Wait until the data of the last `save` is in host memory: then it may change.
+
+        A failure is told by `finish`.
+        """
+        self._task.wait_until_prepared()
 
     def is_busy(self) -> bool:
         """Whether a save goes on in the background of this rank."""

@@ -86,7 +86,9 @@ def _save(settings: dict[str, Any], folder: str) -> list[tuple[float, float]]:
     saved = {"train": state.state_dict(), "engine": engine.state_dict(), "callbacks": {}}
     held = engine.fragments(engine.state_kinds, replicas=True)
     owned = engine.fragments(engine.state_kinds)
-    CheckpointManager(folder, asynchronous=True).save(AT_STEP, owned, saved, {}, replicas=held)
+    manager = CheckpointManager(folder, asynchronous=True)
+    manager.save(AT_STEP, owned, saved, {}, replicas=held)
+    manager.wait_until_copied()
     curve = run_steps(setup, state, STEPS - AT_STEP)  # the save goes on meanwhile
     dist.barrier()
     engine.close()

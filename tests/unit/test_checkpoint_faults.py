@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from megascale.checkpoint.background import Snapshot
 from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointFolder, CheckpointManager, Retention
 from megascale.checkpoint.ranks import OneRank
@@ -399,6 +400,7 @@ def test_what_changes_after_the_snapshot_is_not_saved(tmp_path: Path) -> None:
     fragments = _fragments(0, 1, 2.0)
     state: dict[str, Any] = {"callbacks": {"x": 1}}
     manager.save(2, fragments, state, {})
+    manager.wait_until_copied()
     assert manager.is_busy()
     fragments[0].tensor.fill_(-1.0)
     state["callbacks"]["x"] = 2
@@ -408,3 +410,63 @@ def test_what_changes_after_the_snapshot_is_not_saved(tmp_path: Path) -> None:
     assert CheckpointReader(str(tmp_path / "step_00000002")).manifest.state == {
         "callbacks": {"x": 1}
     }
+
+
+def test_a_save_returns_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, take = threading.Event(), Snapshot.take
+
+    def late(self: Snapshot, *what: Any) -> Any:
+        gate.wait(20)
+        return take(self, *what)
+
+    monkeypatch.setattr(Snapshot, "take", late)
+    manager = CheckpointManager(str(tmp_path), asynchronous=True)
+    manager.save(2, _fragments(0, 1, 2.0), {}, {})
+    assert manager.is_busy()
+    waiting = threading.Thread(target=manager.wait_until_copied)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()  # the update has to wait
+    gate.set()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    manager.finish()
+    assert _newest(tmp_path)[0] == 2
+
+
+def test_a_copy_that_fails_does_not_hold_the_update_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Snapshot, *what: Any) -> Any:
+        raise MemoryError("no memory for the copy")
+
+    monkeypatch.setattr(Snapshot, "take", full)
+    manager = CheckpointManager(str(tmp_path), asynchronous=True)
+    manager.save(2, _fragments(0, 1, 2.0), {}, {})
+    manager.wait_until_copied()
+    with pytest.raises(UserError, match="MemoryError: no memory for the copy"):
+        manager.finish()
+    assert manager.steps() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_snapshot_is_a_copy_of_any_type_in_memory_that_is_kept(dtype: torch.dtype) -> None:
+    values = torch.arange(37, dtype=dtype)
+    parts = (values[:0], values[:5], values[5:], values[::2])
+    fragments = [
+        Fragment(f"w{i}", "master", tuple(part.shape), whole_box(tuple(part.shape)), 0, part)
+        for i, part in enumerate(parts)
+    ]
+    snapshot = Snapshot()
+    copies = snapshot.take(fragments)
+    expected = [part.clone() for part in parts]
+    where = [copy.tensor.data_ptr() for copy in copies[1:]]
+    values.zero_()
+    for copy, part in zip(copies, expected, strict=True):
+        assert copy.tensor.dtype == dtype
+        assert torch.equal(copy.tensor, part)
+    again = snapshot.take(fragments)
+    assert [copy.tensor.data_ptr() for copy in again[1:]] == where
+    assert all(not copy.tensor.any() for copy in again)
