@@ -69,8 +69,22 @@ class Manifest(_Strict):
     state: dict[str, Any]
 
 
+_LEGAL = "pieces lie in their parameter and in a listed file, each weight in one piece"
+
+
 def dump_manifest(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json, with a checksum over all that it says."""
+    """The bytes of manifest.json, with a checksum over all that it says.
+
+    Raises:
+        UserError: it breaks a rule that readers apply: what no one could read is not committed.
+    """
+    reason = _illegal(manifest)
+    if reason:
+        raise UserError(
+            f"the checkpoint of step {manifest.step} was not committed: {reason}",
+            rule=_LEGAL,
+            remedy="this is a mistake of megascale, please report it; checkpoints before are whole",
+        )
     content = json.loads(manifest.model_dump_json())
     return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
 
@@ -108,7 +122,7 @@ def read_manifest(storage: Storage) -> Manifest:
     if reason:
         raise UserError(
             f"{where}: {reason}",
-            rule="pieces lie in their parameter and in a listed file, each weight in one piece",
+            rule=_LEGAL,
             remedy="use another checkpoint; this manifest is damaged",
         )
     return manifest

@@ -74,8 +74,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the tensors are the weights of."""
+    """What the tensors are the weights of, and what said so."""
 
+    described: str
     config: Config
     family_of: Callable[[Mapping[str, Shape]], Family]
     tokenizer: Mapping[str, bytes]
@@ -122,7 +123,8 @@ def import_megatron(
     found, args = read_megatron(path, vocab_size)
     config = _config(model_settings(args, found.where))
     table = family(gated=bool(args.get("swiglu")))
-    return _write(found, _Model(config, lambda shapes: table, {}), out, shapes_of, dtype)
+    model = _Model("the arguments in the file", config, lambda shapes: table, {})
+    return _write(found, model, out, shapes_of, dtype)
 
 
 def _config(model: Mapping[str, Any], objective: str = "none") -> Config:
@@ -153,12 +155,12 @@ def _described(model: str | None, path: str) -> _Model:
                 "run's checkpoint has it",
             )
         config = _config(given.model.model_dump(), given.data.sentence_objective)
-        return _Model(config, _own_names, {})
+        return _Model(model, config, _own_names, {})
     values, tokenizer = read_model_folder(model)
     table = family_of(values, model)
     objective = "nsp" if table.sentence_head else "none"
     config = _config(simplified(table.read_config(values)), objective)
-    return _Model(config, lambda shapes: table, tokenizer)
+    return _Model(f"the config.json of {model}", config, lambda shapes: table, tokenizer)
 
 
 def _own_names(shapes: Mapping[str, Shape]) -> Family:
@@ -185,9 +187,8 @@ def _write(
         kind: PartsSource(found.where, {}, _unwrapped(tensors, wrapper))
         for kind, tensors in found.kinds.items()
     }
-    match = match_tensors(
-        sources["master"], table, entries, shapes, config.model.num_attention_heads
-    )
+    heads = config.model.num_attention_heads
+    match = match_tensors(sources["master"], table, entries, shapes, heads, model.described)
     check_vocabulary(model.tokenizer, config.model, found.where)
     if match.drawn and len(sources) > 1:
         sources = {"master": sources["master"]}

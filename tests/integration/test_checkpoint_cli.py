@@ -14,7 +14,9 @@ import pytest
 
 from megascale.checkpoint.background import Snapshot
 from megascale.checkpoint.manager import CheckpointFolder
+from megascale.checkpoint.manifest import dump_manifest, read_manifest
 from megascale.checkpoint.retention import steps_to_remove
+from megascale.checkpoint.storage import Storage
 from megascale.training.callbacks.save_requests import SaveRequests
 from tests.integration import runs
 
@@ -141,6 +143,24 @@ def test_prune(made: Made) -> None:
     (made.checkpoint(6) / "config.yaml").write_text("broken")
     assert "is damaged: config.yaml" in runs.call(*rules).refusal()
     assert CheckpointFolder(str(made.output / "checkpoints")).steps() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"callbacks": {"checkpoint": {"best_step": "four"}}},
+        {"callbacks": {"checkpoint": {"best_step": 4.5}}},
+        {"callbacks": {"checkpoint": "none"}},
+        {"callbacks": [4]},
+    ],
+)
+def test_prune_with_a_manifest_that_does_not_tell_the_best_step(made: Made, state: Any) -> None:
+    manifest = read_manifest(Storage(str(made.checkpoint(6))))
+    text = dump_manifest(manifest.model_copy(update={"state": state}))
+    (made.checkpoint(6) / "manifest.json").write_bytes(text)
+    refused = runs.call("checkpoint", "prune", made.output, "--keep-last", 1).refusal()
+    assert "best_step" in refused
+    assert CheckpointFolder(str(made.output / "checkpoints")).steps() == [2, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,10 @@ def test_the_command_its_report_and_the_config(saved: Any, tmp_path: Path) -> No
     folder = tmp_path / "theirs"
     shutil.copytree(saved("gpt2", 1), folder)
     out = tmp_path / "out"
-    refused = call("convert", "from-deepspeed", folder, "--output", out).refusal()
+    refused = call("convert", "from-deepspeed", folder, out).refusal()
     assert "no config.json is in it or above it" in refused
     _described("gpt2", folder)
-    done = call("convert", "from-deepspeed", folder, "--output", out, "--dtype", "bf16")
+    done = call("convert", "from-deepspeed", folder, out, "--dtype", "bf16")
     assert done.code == 0, done.output
     assert "lost: position in the data" in done.stdout
     report = json.loads((out / "import.json").read_text())
@@ -151,10 +151,7 @@ def test_the_command_its_report_and_the_config(saved: Any, tmp_path: Path) -> No
     assert [g["weight_decay"] for g in report["settings"]["optimizer_groups"]] == [0.1, 0.0]
     config = load_config(str(out / "config.yaml"), ["data.path=given"])
     assert config.checkpoint.init_from == report["checkpoint"]
-    assert (
-        "exists and is not empty"
-        in call("convert", "from-deepspeed", folder, "--output", out).refusal()
-    )
+    assert "exists and is not empty" in call("convert", "from-deepspeed", folder, out).refusal()
 
 
 def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> None:
@@ -174,6 +171,11 @@ def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> N
     unsized.write_text(dump_yaml({"model": {**MEGASCALE, "vocab_size": None}}))
     with pytest.raises(UserError, match=r"model\.vocab_size is not given"):
         import_deepspeed(str(folder), str(tmp_path / "out"), str(unsized), _shapes)
+    other_width = tmp_path / "other.yaml"
+    other_width.write_text(dump_yaml({"model": {**MEGASCALE, "num_layers": 1}}))
+    with pytest.raises(UserError, match=r"are not those of \S*other\.yaml:") as caught:
+        import_deepspeed(str(folder), str(tmp_path / "out"), str(other_width), _shapes)
+    assert "config.json" not in str(caught.value)
     second = step / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     second.rename(tmp_path / "kept")
     assert "1 of 2 *_optim_states.pt are there" in refusal()

@@ -95,7 +95,7 @@ def test_norms_whose_weights_are_stored_around_zero(tmp_path: Path) -> None:
 def test_the_command_and_its_report(tmp_path: Path) -> None:
     _, tensors, args = gpt2()
     write(tmp_path / "theirs", tensors, args, dtype=torch.bfloat16)
-    done = call("convert", "from-megatron", tmp_path / "theirs", "--output", tmp_path / "out")
+    done = call("convert", "from-megatron", tmp_path / "theirs", tmp_path / "out")
     assert done.code == 0, done.output
     assert "lost: digits of the weights" in done.stdout
     report = json.loads((tmp_path / "out" / "import.json").read_text())
@@ -109,9 +109,7 @@ def test_a_file_that_needs_code_is_refused_with_its_name(tmp_path: Path) -> None
     path = tmp_path / "theirs" / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
     content = torch.load(path, weights_only=False)
     torch.save({**content, "hook": print}, path)
-    refused = call(
-        "convert", "from-megatron", tmp_path / "theirs", "--output", tmp_path / "out"
-    ).refusal()
+    refused = call("convert", "from-megatron", tmp_path / "theirs", tmp_path / "out").refusal()
     assert "model_optim_rng.pt" in refused
     assert "print" in refused
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +359,22 @@ def test_a_folder_that_cannot_be_written(
     assert "writable" in str(caught.value)
     assert files(root) == before
     assert CheckpointReader(str(root / "step_00000004")).damage() is None
+
+
+def test_what_no_reader_would_take_is_not_committed(two_steps: Path, tmp_path: Path) -> None:
+    """Rank 1 writes one element of rank 0's, and leaves out its own last one."""
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    before, ranks = files(root), ThreadRanks(2)
+
+    def work(rank: int) -> None:
+        manager = CheckpointManager(str(root), ranks=ranks)
+        shifted = [replace(f, start=f.start - rank) for f in _fragments(rank, 2, 6.0)]
+        manager.save(6, shifted, {}, {})
+
+    for outcome in ranks.run(work):
+        assert isinstance(outcome, UserError)
+        assert "was not committed: pieces of master of 'w' overlap" in outcome.what
+    assert files(root) == before
 
 
 # In the background ----------------------------------------------------------------------------
