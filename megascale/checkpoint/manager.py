@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from megascale.checkpoint.staging import Staged, disk_leaders, staged_checkpoint
 from megascale.checkpoint.storage import (
     REMOVING_PREFIX,
     RETIRED_PREFIX,
+    SPARE_NAME,
     WRITING_PREFIX,
     Storage,
 )
@@ -107,7 +109,7 @@ class CheckpointFolder:
                     self.storage.remove_folder(name)
                 else:
                     self.storage.commit_folder(name, original)
-            elif name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
+            elif name == SPARE_NAME or name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
                 self.storage.remove_folder(name)
 
     def remove(self, step: int) -> None:
@@ -158,6 +160,7 @@ class CheckpointManager(CheckpointFolder):
         asynchronous: `save` returns at once, see there.
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
+        reuse: a save writes over the files of the checkpoint that was pruned last.
         storage, ranks: of `root` and of the run; by default new ones.
         locks: the run's, which `close` releases.
     """
@@ -170,6 +173,7 @@ class CheckpointManager(CheckpointFolder):
         *,
         asynchronous: bool = False,
         staging: str | None = None,
+        reuse: bool = False,
         storage: Storage | None = None,
         ranks: Ranks | None = None,
         locks: Iterable[RunLock] = (),
@@ -178,6 +182,7 @@ class CheckpointManager(CheckpointFolder):
         self._retention = Retention(keep_last, keep_every)
         self._asynchronous = asynchronous
         self._staging = CheckpointFolder(staging) if staging else None
+        self._reuse = reuse and self.storage.is_local
         self._given_ranks = ranks
         self._locks = list(locks)
         self._leaders: list[int] | None = None
@@ -245,6 +250,10 @@ class CheckpointManager(CheckpointFolder):
         """Whether a save goes on in the background of this rank."""
         return self._task.is_busy()
 
+    def writes_over(self) -> bool:
+        """Whether the next save finds the files of a pruned checkpoint."""
+        return self._reuse and self.storage.exists(SPARE_NAME)
+
     def has_failed(self) -> bool:
         """Whether this rank's save in the background has failed; `finish` tells why."""
         return self._task.failed()
@@ -281,6 +290,14 @@ class CheckpointManager(CheckpointFolder):
         assert self._staging is not None
         upload(self._staging.storage, self.storage, step_name(step), self._ranks)
         agree(self._ranks, lambda: self._prune_all(keep))
+
+    def remove(self, step: int) -> None:
+        """See `CheckpointFolder.remove`; with `reuse` its files wait for the next save."""
+        if not self._reuse:
+            super().remove(step)
+            return
+        self.storage.remove_folder(SPARE_NAME)
+        self.storage.rename_folder(step_name(step), SPARE_NAME)
 
     def _prune_all(self, keep: list[int]) -> None:
         if self._ranks.rank == 0:
@@ -380,6 +397,9 @@ class CheckpointManager(CheckpointFolder):
     def close(self) -> None:
         """Wait for the background, whatever comes of it, and give the folder free."""
         self._task.abandon()
+        if self._reuse and self._locks:  # this process is the one that prunes
+            with contextlib.suppress(UserError, OSError):
+                self.storage.remove_folder(SPARE_NAME)
         for lock in self._locks:
             lock.release()
 

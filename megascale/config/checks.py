@@ -222,6 +222,12 @@ _IGNORED = (
         lambda keep_last: keep_last is not None,
         "keep_last lets the others go",
     ),
+    _ignored(
+        "checkpoint.reuse_files",
+        "checkpoint.keep_last",
+        lambda keep_last: keep_last is not None,
+        "keep_last lets others go",
+    ),
     _ignored("checkpoint.init_optimizer", "checkpoint.init_from", bool, "init_from is given"),
 )
 

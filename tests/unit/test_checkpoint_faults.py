@@ -141,12 +141,16 @@ def _values(step: float) -> torch.Tensor:
     return 100 * step + torch.arange(12.0)
 
 
-def _save(root: Path, size: int, step: int, disk: Disk | None = None) -> list[BaseException | None]:
+def _save(
+    root: Path, size: int, step: int, disk: Disk | None = None, reuse: bool = False
+) -> list[BaseException | None]:
     ranks = disk.ranks if disk is not None else ThreadRanks(size)
 
     def work(rank: int) -> None:
         storage = Storage(str(root), disk) if disk is not None else Storage(str(root))
-        manager = CheckpointManager(str(root), keep_last=2, storage=storage, ranks=ranks)
+        manager = CheckpointManager(
+            str(root), keep_last=2, reuse=reuse, storage=storage, ranks=ranks
+        )
         manager.save(step, _fragments(rank, size, float(step)), {"step": step}, ATTACHMENTS)
 
     return ranks.run(work)
@@ -200,6 +204,76 @@ def test_a_save_that_ends_at_any_point(
         assert _save(root, 2, 8) == [None, None]  # the next save tidies up by itself
         assert _newest(root)[0] == 8
         assert [name for name in os.listdir(root) if name.startswith(".writing")] == []
+
+
+# Over the files of a pruned one ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_spare(two_steps: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 4 and 6, and the space of step 2, in which two files are that no save writes."""
+    root = _copy(two_steps, tmp_path_factory.mktemp("spare") / "checkpoints")
+    assert _save(root, 2, 6, reuse=True) == [None, None]
+    (root / ".spare" / "rank_00002.safetensors").write_bytes(b"of a larger run")
+    (root / ".spare" / "tokenizer" / "old.json").write_bytes(b"{}")
+    return root
+
+
+def test_a_save_writes_over_a_pruned_one(with_spare: Path, tmp_path: Path) -> None:
+    root = _copy(with_spare, tmp_path / "checkpoints")
+    assert CheckpointFolder(str(root)).steps() == [4, 6]
+    for rank in range(2):  # what was there is longer than what comes
+        with open(root / ".spare" / f"rank_{rank:05d}.safetensors", "ab") as stream:
+            stream.write(bytes(1000))
+    spaces = [os.stat(path).st_ino for path in sorted((root / ".spare").glob("rank_0000[01]*"))]
+    assert _save(root, 2, 8, reuse=True) == [None, None]
+    assert set(os.listdir(root)) == {"step_00000006", "step_00000008", ".spare"}
+    written = root / "step_00000008"
+    assert [os.stat(path).st_ino for path in sorted(written.glob("rank_*"))] == spaces
+    assert set(files(written)) == set(files(root / "step_00000006"))
+    assert _newest(root) == (8, [])
+    assert not (root / ".spare").exists()  # a resume lets it go
+
+
+@pytest.mark.parametrize("only", [None, 1], ids=["all", "rank1"])
+def test_a_save_over_a_pruned_one_that_ends_at_any_point(
+    with_spare: Path, tmp_path: Path, only: int | None
+) -> None:
+    root = tmp_path / "checkpoints"
+    whole = Disk(ThreadRanks(2), only=only)
+    assert _save(_copy(with_spare, root), 2, 8, whole, reuse=True) == [None, None]
+    for at in range(len(whole.seen)):
+        disk = Disk(ThreadRanks(2), at, only)
+        outcomes = _save(_copy(with_spare, root), 2, 8, disk, reuse=True)
+        assert any(isinstance(outcome, Ended) for outcome in outcomes)
+        disk.lose_power()
+        found, notes = _newest(root)
+        assert (found, notes) in ((6, []), (8, [])), (at, whole.seen[at])
+        intact = CheckpointFolder(str(root)).steps()
+        assert 6 in intact
+        assert 4 in intact or found == 8
+
+
+def test_what_is_read_or_has_another_name_is_not_written_over(
+    with_spare: Path, tmp_path: Path
+) -> None:
+    root, other_name = _copy(with_spare, tmp_path / "checkpoints"), tmp_path / "linked"
+    os.link(root / ".spare" / "rank_00001.safetensors", other_name)
+    kept = other_name.read_bytes()
+    readers = {step: CheckpointReader(str(root / f"step_{step:08d}")) for step in (4, 6)}
+    part = Fragment("w", "master", SHAPE, whole_box(SHAPE), 0, torch.zeros(12))
+    readers[4].fill(part)  # from now on its files are open
+    for step in (8, 10):  # over those of step 2, then over those of step 4
+        assert _save(root, 2, step, reuse=True) == [None, None]
+    assert other_name.read_bytes() == kept
+    part.tensor.zero_()
+    readers[4].fill(part)
+    assert torch.equal(part.tensor, _values(4))
+    assert _newest(root) == (10, [])
+    with pytest.raises(UserError, match="is missing"):  # it went before anything of it was read
+        readers[6].fill(part)
+    for reader in readers.values():
+        reader.close()
 
 
 @pytest.mark.parametrize("only", [0, 1], ids=["rank0", "rank1"])

@@ -384,6 +384,13 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_every=1000 checkpoint.keep_last=2",
         ),
     ],
+    "ignored:checkpoint.reuse_files": [
+        Case(
+            "checkpoint.reuse_files=true",
+            "checkpoint.reuse_files",
+            "checkpoint.reuse_files=true checkpoint.keep_last=2",
+        ),
+    ],
     "ignored:checkpoint.init_optimizer": [
         Case(
             "checkpoint.init_optimizer=true",

@@ -58,7 +58,10 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(theirs: Path, tmp_pa
 def test_vocabulary_of_config_and_weights_differ(theirs: Path, tmp_path: Path) -> None:
     edit(theirs, vocab_size=300)
     said = refusal(theirs, tmp_path / "ours").what
-    assert "model.embed_tokens.weight: the file has (270, 24), by its config.json it is (300, 24)" in said
+    assert (
+        "model.embed_tokens.weight: the file has (270, 24), by its config.json it is (300, 24)"
+        in said
+    )
 
 
 def test_tokenizer_with_more_ids_than_the_model(tmp_path: Path) -> None:

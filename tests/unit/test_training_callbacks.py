@@ -203,6 +203,9 @@ class _Manager:
     def is_busy(self) -> bool:
         return False
 
+    def writes_over(self) -> bool:
+        return False
+
     def finish(self) -> None:
         pass
 

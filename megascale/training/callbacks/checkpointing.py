@@ -129,6 +129,7 @@ class CheckpointCallback(Callback):
         step = trainer.state.step
         owned = _fragments(trainer, replicas=False)
         held = _fragments(trainer, replicas=True)
+        over = " over a removed one" if self._manager.writes_over() else ""
         with _stopwatch(trainer):
             path = self._manager.save(
                 step, owned, state, self._attachments, keep=self._best_step, replicas=held
@@ -137,7 +138,7 @@ class CheckpointCallback(Callback):
         if self._requests is not None:
             self._requests.saved()
         how = "is being saved" if self._manager.is_busy() else "saved"
-        trainer.say(f"checkpoint of step {step} {how} to {path}")
+        trainer.say(f"checkpoint of step {step}{over} {how} to {path}")
 
 
 @contextmanager
