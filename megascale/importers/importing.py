@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,11 @@ def import_deepspeed(
         UserError: see `read_deepspeed`, or a model that the tensors do not fit.
     """
     require_empty(Storage(out))
-    found = read_deepspeed(path)
+    with _understood(path, "DeepSpeed"):
+        found = read_deepspeed(path)
     described = _described(model, path)
-    return _write(found, described, out, shapes_of, dtype)
+    with _understood(path, "DeepSpeed"):
+        return _write(found, described, out, shapes_of, dtype)
 
 
 def import_megatron(
@@ -120,11 +123,32 @@ def import_megatron(
         UserError: see `read_megatron` and `model_settings`.
     """
     require_empty(Storage(out))
-    found, args = read_megatron(path, vocab_size)
-    config = _config(model_settings(args, found.where))
-    table = family(gated=bool(args.get("swiglu")))
-    model = _Model("the arguments in the file", config, lambda shapes: table, {})
-    return _write(found, model, out, shapes_of, dtype)
+    with _understood(path, "Megatron-LM"):
+        found, args = read_megatron(path, vocab_size)
+        config = _config(model_settings(args, found.where))
+        table = family(gated=bool(args.get("swiglu")))
+        model = _Model("the arguments in the file", config, lambda shapes: table, {})
+        return _write(found, model, out, shapes_of, dtype)
+
+
+@contextmanager
+def _understood(path: str, program: str) -> Iterator[None]:
+    """Turn what values of unforeseen types or shapes lead to into an error about the files.
+
+    They are another program's, so there is no list of all that may be wrong with them.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = (str(e).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{path} does not hold what {program} writes: {type(e).__name__}: {reason}",
+            rule="its values must have the types and shapes of docs/importers.md",
+            remedy=f"copy the checkpoint again; if {program} wrote it like this, please report it "
+            "with its version",
+        ) from e
 
 
 def _config(model: Mapping[str, Any], objective: str = "none") -> Config:

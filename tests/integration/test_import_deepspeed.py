@@ -192,3 +192,36 @@ def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> N
     assert "`latest` names" in refusal()
     (folder / "latest").unlink()
     assert "mp_rank_00_model_states.pt" in refusal()
+
+
+GARBAGE = (None, "x", -3, [], {"a": 1}, torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_garbage_in_any_place_is_a_mistake_of_the_file(
+    saved: Any, tmp_path: Path, stage: int
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(saved("gpt2" if stage == 1 else "llama", stage), folder)
+    model = _described("gpt2" if stage == 1 else "llama", tmp_path)
+    step, refused = folder / f"global_step{STEPS}", 0
+    for path in (next(step.glob("*00_model_states.pt")), next(step.glob("*_0_*optim_states.pt"))):
+        content = torch.load(path, weights_only=False)
+        places = [(key,) for key in content]
+        states = content.get("optimizer_state_dict")
+        places += [("optimizer_state_dict", key) for key in states or ()]
+        for place in places:
+            for value in GARBAGE:
+                planted = {**content}
+                if len(place) == 2:
+                    planted[place[0]] = {**states, place[1]: value}
+                else:
+                    planted[place[0]] = value
+                torch.save(planted, path)
+                try:
+                    import_deepspeed(str(folder), str(tmp_path / "out"), model, _shapes)
+                except UserError:
+                    refused += 1
+                shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        torch.save(content, path)
+    assert refused >= 2 * len(GARBAGE)
