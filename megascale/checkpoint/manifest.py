@@ -202,11 +202,24 @@ def _illegal(manifest: Manifest) -> str:
     for (name, kind), boxes in held.items():
         if _overlap(boxes):
             return f"pieces of {kind} of {name!r} overlap"
+        count, whole = _covered(boxes)
+        if count != whole:
+            return f"the pieces of {kind} of {name!r} hold {count} of its {whole} elements"
     for name, shape in manifest.parameters.items():
-        count = sum(piece.numel for box in held[name, "master"].values() for piece in box)
+        count, _ = _covered(held[name, "master"])
         if count != math.prod(shape):
             return f"the pieces of {name!r} hold {count} of its {math.prod(shape)} elements"
     return ""
+
+
+def _covered(boxes: dict[Any, list[Piece]]) -> tuple[int, int]:
+    """(elements in pieces, elements of the smallest tensor that holds their boxes).
+
+    That tensor is smaller than the parameter for a state that is reduced over a dimension.
+    """
+    count = sum(piece.numel for pieces in boxes.values() for piece in pieces)
+    ends = (max(end for _, end in dim) for dim in zip(*boxes, strict=True))
+    return count, math.prod(ends)
 
 
 def _is_legal(piece: Piece, shape: tuple[int, ...] | None, sizes: dict[str, int]) -> bool:

@@ -435,19 +435,39 @@ def test_a_folder_that_cannot_be_written(
     assert CheckpointReader(str(root / "step_00000004")).damage() is None
 
 
-def test_what_no_reader_would_take_is_not_committed(two_steps: Path, tmp_path: Path) -> None:
-    """Rank 1 writes one element of rank 0's, and leaves out its own last one."""
+def _shifted(fragment: Fragment, rank: int) -> Fragment:
+    """One element of the other rank, and without the own last one."""
+    return replace(fragment, start=fragment.start - rank)
+
+
+def _shorter(fragment: Fragment, rank: int) -> Fragment:
+    return replace(fragment, tensor=fragment.tensor[rank:], start=fragment.start + rank)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "says"),
+    [
+        ("master", _shifted, "pieces of master of 'w' overlap"),
+        ("master", _shorter, "the pieces of master of 'w' hold 11 of its 12 elements"),
+        ("exp_avg", _shifted, "pieces of exp_avg of 'w' overlap"),
+        ("exp_avg", _shorter, "the pieces of exp_avg of 'w' hold 11 of its 12 elements"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_committed(
+    two_steps: Path, tmp_path: Path, kind: str, wrong: Any, says: str
+) -> None:
     root = _copy(two_steps, tmp_path / "checkpoints")
     before, ranks = files(root), ThreadRanks(2)
 
     def work(rank: int) -> None:
         manager = CheckpointManager(str(root), ranks=ranks)
-        shifted = [replace(f, start=f.start - rank) for f in _fragments(rank, 2, 6.0)]
-        manager.save(6, shifted, {}, {})
+        right = _fragments(rank, 2, 6.0)
+        both = [*right, *(replace(f, kind="exp_avg") for f in right)]
+        manager.save(6, [wrong(f, rank) if f.kind == kind else f for f in both], {}, {})
 
     for outcome in ranks.run(work):
         assert isinstance(outcome, UserError)
-        assert "was not committed: pieces of master of 'w' overlap" in outcome.what
+        assert f"was not committed: {says}" in outcome.what
     assert files(root) == before
 
 
