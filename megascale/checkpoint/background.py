@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -23,6 +24,7 @@ from megascale.parallel.fragment import Fragment
 NICENESS = 15
 """Of the thread while it writes: it yields the processor to training; see docs/checkpoints.md."""
 _ALIGNMENT = 64  # bytes
+_AFTER_START_S = 0.001
 T = TypeVar("T")
 
 
@@ -159,6 +161,8 @@ class BackgroundTask:
             ) from failure
 
     def _run(self, prepare: Callable[[], T], work: Callable[[T], None]) -> None:
+        # the thread that trains waits for the begin of this one, and gets the interpreter back
+        time.sleep(_AFTER_START_S)
         try:
             prepared = prepare()
             self._prepared.set()
