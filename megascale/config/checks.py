@@ -292,6 +292,10 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
         recipe_checks.best_is_a_metric,
     ),
     Check(
+        ("checkpoint.reuse_files", "checkpoint.folder", "checkpoint.staging_dir"),
+        recipe_checks.files_can_be_reused,
+    ),
+    Check(
         (
             *("checkpoint.keep_last", "checkpoint.keep_best"),
             *("checkpoint.save_interval", "checkpoint.save_minutes"),
