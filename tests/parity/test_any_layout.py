@@ -90,6 +90,7 @@ def _save(settings: dict[str, Any], folder: str) -> list[tuple[float, float]]:
     manager.save(AT_STEP, owned, saved, {}, replicas=held)
     manager.wait_until_copied()
     curve = run_steps(setup, state, STEPS - AT_STEP)  # the save goes on meanwhile
+    manager.finish()
     dist.barrier()
     engine.close()
     return curve
