@@ -194,7 +194,7 @@ def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> N
     assert "mp_rank_00_model_states.pt" in refusal()
 
 
-GARBAGE = (None, "x", -3, [], {"a": 1}, torch.zeros(3, 3))
+GARBAGE = (None, "x", -3, {"a": 1}, torch.zeros(3, 3))
 
 
 @pytest.mark.parametrize("stage", [1, 3])

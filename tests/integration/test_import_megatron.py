@@ -182,7 +182,7 @@ def test_garbage_in_any_place_is_a_mistake_of_the_file(tmp_path: Path) -> None:
         ({"num_layers": 10**9}, "num_layers is 1000000000, there are 2"),
         ({"num_attention_heads": "many"}, "does not hold what Megatron-LM writes"),
         ({"hidden_size": -8}, "does not hold what Megatron-LM writes"),
-        ({"layernorm_epsilon": {"a": 1}}, "does not hold what Megatron-LM writes"),
+        ({"norm_epsilon": {"a": 1}}, "does not hold what Megatron-LM writes"),
     ],
 )
 def test_garbage_in_the_arguments_is_told(tmp_path: Path, change: Any, says: str) -> None:
