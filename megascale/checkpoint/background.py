@@ -22,7 +22,7 @@ from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment
 
 NICENESS = 15
-"""Of the thread while it writes: it yields the processor to training; see docs/checkpoints.md."""
+"""Added to that of the thread while it writes, so that training goes first; see docs/design.md."""
 _ALIGNMENT = 64  # bytes
 _AFTER_START_S = 0.001
 T = TypeVar("T")
@@ -103,6 +103,14 @@ def _copy(into: torch.Tensor, source: torch.Tensor) -> None:
     np.copyto(into.view(-1).view(torch.uint8).numpy(), source.view(-1).view(torch.uint8).numpy())
 
 
+def _step_back() -> None:
+    """Lower the priority of this thread alone, as Linux allows; elsewhere nothing happens."""
+    with contextlib.suppress(AttributeError, OSError):
+        thread = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(now + NICENESS, 19))
+
+
 class BackgroundTask:
     """At most one piece of work at a time in a thread, its failure kept."""
 
@@ -166,8 +174,7 @@ class BackgroundTask:
         try:
             prepared = prepare()
             self._prepared.set()
-            with contextlib.suppress(AttributeError, OSError):  # on Linux: of this thread alone
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            _step_back()
             work(prepared)
         except BaseException as error:  # told by wait(), in the thread that trains
             self._failure = error

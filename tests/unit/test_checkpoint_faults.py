@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from megascale.checkpoint.background import Snapshot
+from megascale.checkpoint.background import NICENESS, Snapshot
 from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointFolder, CheckpointManager, Retention
 from megascale.checkpoint.ranks import OneRank
@@ -544,6 +544,31 @@ def test_a_save_returns_before_anything_is_copied(
     assert not waiting.is_alive()
     manager.finish()
     assert _newest(tmp_path)[0] == 2
+
+
+def test_the_copy_has_the_priority_of_training_and_the_writing_a_lower_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    seen: dict[str, int] = {}
+    take = Snapshot.take
+
+    def noted(self: Snapshot, *what: Any) -> Any:
+        seen["copy"] = niceness()
+        return take(self, *what)
+
+    def written(change: str, path: str) -> None:
+        seen["write"] = niceness()
+
+    monkeypatch.setattr(Snapshot, "take", noted)
+    storage = Storage(str(tmp_path), written)
+    manager = CheckpointManager(str(tmp_path), asynchronous=True, storage=storage)
+    manager.save(2, _fragments(0, 1, 2.0), {}, {})
+    manager.finish()
+    assert seen["copy"] == niceness()
+    assert seen["write"] == min(niceness() + NICENESS, 19)
 
 
 def test_a_copy_that_fails_does_not_hold_the_update_up(
