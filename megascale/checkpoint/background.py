@@ -21,7 +21,7 @@ import torch
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment
 
-NICENESS = 15
+NICENESS = 10
 """Added to that of the thread while it writes, so that training goes first; see docs/design.md."""
 _ALIGNMENT = 64  # bytes
 _AFTER_START_S = 0.001

@@ -263,9 +263,11 @@ def test_what_is_read_or_has_another_name_is_not_written_over(
     readers = {step: CheckpointReader(str(root / f"step_{step:08d}")) for step in (4, 6)}
     part = Fragment("w", "master", SHAPE, whole_box(SHAPE), 0, torch.zeros(12))
     readers[4].fill(part)  # from now on its files are open
+    held = {os.stat(path).st_ino for path in (root / "step_00000004").glob("rank_*")}
     for step in (8, 10):  # over those of step 2, then over those of step 4
         assert _save(root, 2, step, reuse=True) == [None, None]
     assert other_name.read_bytes() == kept
+    assert held.isdisjoint(os.stat(path).st_ino for path in (root / "step_00000010").iterdir())
     part.tensor.zero_()
     readers[4].fill(part)
     assert torch.equal(part.tensor, _values(4))
