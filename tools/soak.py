@@ -27,6 +27,7 @@ from pathlib import Path
 
 from megascale.checkpoint.manager import CheckpointFolder
 from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.storage import SPARE_NAME
 from megascale.errors import UserError
 from tools.soak_tokenize import soak_tokenize
 
@@ -61,7 +62,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> int:
     for kill in range(arguments.kills):
         _run_and_kill([*command, *(["--resume"] if newest else [])], output, chance, newest)
         found = CheckpointFolder(str(output / "checkpoints"))
-        hidden = [name for name in found.storage.folders() if name.startswith(".")]
+        hidden = {name for name in found.storage.folders() if name.startswith(".")} - {SPARE_NAME}
         halves += bool(hidden)
         steps = found.steps()
         intact = [step for step in steps if _is_intact(found.path(step))]

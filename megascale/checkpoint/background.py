@@ -1,20 +1,31 @@
-"""Saving beside training: the step waits for a copy in host memory, a thread does the rest."""
+"""Saving beside training: a thread copies to host memory, then writes.
+
+Weights and moments change in the optimizer's update only. So the copy goes on beside the forward
+and backward pass of the next step, and the update alone waits for its end.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment
 
 NICENESS = 10
-"""The thread yields the processor to training; see docs/design.md."""
+"""Added to that of the thread while it writes, so that training goes first; see docs/design.md."""
+_ALIGNMENT = 64  # bytes
+_AFTER_START_S = 0.001
+T = TypeVar("T")
 
 
 class Snapshot:
@@ -24,38 +35,104 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
 
-    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """The fragments with copies of their data; valid until the next call."""
+    def take(
+        self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None = None
+    ) -> list[Fragment]:
+        """The fragments with copies of their data; valid until the next call.
+
+        Args:
+            ready: of `mark_ready`, where the data is on a GPU.
+        """
+        sizes = [-(-f.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for f in fragments]
+        places = self._at_least(sum(sizes), pinned=ready is not None).split(sizes)
+        stream = None if ready is None else torch.cuda.Stream(fragments[0].tensor.device)
+        if stream is not None:
+            assert ready is not None
+            stream.wait_event(ready)
         copies = []
-        for fragment in fragments:
-            key = (fragment.kind, fragment.name)
-            memory = self._kept.get(key)
-            source = fragment.tensor.detach()
-            if memory is None or memory.shape != source.shape or memory.dtype != source.dtype:
-                memory = self._kept[key] = torch.empty(
-                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
-                )
-            memory.copy_(source, non_blocking=True)
-            copies.append(replace(fragment, tensor=memory))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            for fragment, place in zip(fragments, places, strict=True):
+                source = fragment.tensor.detach()
+                copy = place[: source.nbytes].view(source.dtype).view(source.shape)
+                _copy(copy, source)
+                copies.append(replace(fragment, tensor=copy))
+        if stream is not None:
+            stream.synchronize()
         return copies
+
+    def _at_least(self, size: int, pinned: bool) -> torch.Tensor:
+        """The first `size` bytes of the memory, which grows where it is too small."""
+        if len(self._memory) < size or pinned != self._pinned:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._memory = _host_memory(size, pinned)
+            self._pinned = pinned
+        return self._memory[:size]
+
+
+def mark_ready(fragments: Sequence[Fragment]) -> torch.cuda.Event | None:
+    """A point in the GPU's work after which the fragments' data is there; None on a CPU.
+
+    To be called in the thread that trains, when it has asked for all that changes the data.
+    """
+    on_gpu = next((f.tensor for f in fragments if f.tensor.is_cuda), None)
+    if on_gpu is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(on_gpu.device))
+    return event
+
+
+def _host_memory(size: int, pinned: bool) -> torch.Tensor:
+    """(size,) uint8 of its own: pinned for a GPU, else in large pages, which are mapped faster."""
+    if pinned or not size:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    block = mmap.mmap(-1, size)
+    with contextlib.suppress(AttributeError, OSError):  # Linux only, and not on every one
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=torch.uint8)
+
+
+def _copy(into: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy without torch's threads, which training needs: numpy's copy is one memcpy."""
+    if source.is_cuda or not source.is_contiguous():
+        into.copy_(source, non_blocking=True)
+        return
+    np.copyto(into.view(-1).view(torch.uint8).numpy(), source.view(-1).view(torch.uint8).numpy())
+
+
+def _step_back() -> None:
+    """Lower the priority of this thread alone, as Linux allows; elsewhere nothing happens."""
+    with contextlib.suppress(AttributeError, OSError):
+        thread = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(now + NICENESS, 19))
 
 
 class BackgroundTask:
-    """At most one piece of work at a time in a thread of low priority, its failure kept."""
+    """At most one piece of work at a time in a thread, its failure kept."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._prepared = threading.Event()
+        self._prepared.set()
 
-    def start(self, work: Callable[[], None]) -> None:
-        """Begin `work`; the one before must have been waited for."""
+    def start(self, prepare: Callable[[], T], work: Callable[[T], None]) -> None:
+        """Begin `prepare`, then with what it gives `work`, at low priority.
+
+        The work before must have been waited for.
+        """
         assert self._thread is None, "one at a time"
-        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
+        self._prepared.clear()
+        self._thread = threading.Thread(target=self._run, args=(prepare, work), name="checkpoint")
         self._thread.start()
+
+    def wait_until_prepared(self) -> None:
+        """Wait for the end of `prepare` only, also of one that failed: that is told by `wait`."""
+        self._prepared.wait()
 
     def failed(self) -> bool:
         """Whether the work has ended badly; does not wait."""
@@ -91,10 +168,15 @@ class BackgroundTask:
                 remedy="look at the other ranks' logs; continue with --resume",
             ) from failure
 
-    def _run(self, work: Callable[[], None]) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # on Linux: of this thread alone
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    def _run(self, prepare: Callable[[], T], work: Callable[[T], None]) -> None:
+        # the thread that trains waits for the begin of this one, and gets the interpreter back
+        time.sleep(_AFTER_START_S)
         try:
-            work()
+            prepared = prepare()
+            self._prepared.set()
+            _step_back()
+            work(prepared)
         except BaseException as error:  # told by wait(), in the thread that trains
             self._failure = error
+        finally:
+            self._prepared.set()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from megascale.checkpoint.background import BackgroundTask, Snapshot
+from megascale.checkpoint.background import BackgroundTask, Snapshot, mark_ready
 from megascale.checkpoint.lock import RunLock
 from megascale.checkpoint.manifest import MANIFEST_NAME
 from megascale.checkpoint.ranks import Ranks, agree, make_ranks
@@ -21,6 +22,7 @@ from megascale.checkpoint.staging import Staged, disk_leaders, staged_checkpoint
 from megascale.checkpoint.storage import (
     REMOVING_PREFIX,
     RETIRED_PREFIX,
+    SPARE_NAME,
     WRITING_PREFIX,
     Storage,
 )
@@ -107,7 +109,7 @@ class CheckpointFolder:
                     self.storage.remove_folder(name)
                 else:
                     self.storage.commit_folder(name, original)
-            elif name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
+            elif name == SPARE_NAME or name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
                 self.storage.remove_folder(name)
 
     def remove(self, step: int) -> None:
@@ -155,9 +157,10 @@ class CheckpointManager(CheckpointFolder):
         root: the run's checkpoint folder (local path or fsspec URL).
         keep_last: how many complete checkpoints to keep; None keeps all.
         keep_every: multiples of it are kept too.
-        asynchronous: `save` returns when the state is copied to host memory.
+        asynchronous: `save` returns at once, see there.
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
+        reuse: a save writes over the files of the checkpoint that was pruned last.
         storage, ranks: of `root` and of the run; by default new ones.
         locks: the run's, which `close` releases.
     """
@@ -170,6 +173,7 @@ class CheckpointManager(CheckpointFolder):
         *,
         asynchronous: bool = False,
         staging: str | None = None,
+        reuse: bool = False,
         storage: Storage | None = None,
         ranks: Ranks | None = None,
         locks: Iterable[RunLock] = (),
@@ -178,6 +182,7 @@ class CheckpointManager(CheckpointFolder):
         self._retention = Retention(keep_last, keep_every)
         self._asynchronous = asynchronous
         self._staging = CheckpointFolder(staging) if staging else None
+        self._reuse = reuse and self.storage.is_local
         self._given_ranks = ranks
         self._locks = list(locks)
         self._leaders: list[int] | None = None
@@ -201,7 +206,8 @@ class CheckpointManager(CheckpointFolder):
     ) -> str:
         """Write the checkpoint of `step`, then prune; collective. Returns its path.
 
-        Asynchronous: first waits for the save before, then for the copy to host memory only.
+        Asynchronous: first waits for the save before. Then the fragments' data must not change
+        until `wait_until_copied` returns; everything else may.
 
         Args:
             fragments: what this rank owns; each element is on one rank.
@@ -212,25 +218,41 @@ class CheckpointManager(CheckpointFolder):
             UserError: this save, or the one before in the background, failed on some rank.
         """
         self.finish()
-        owned = own(list(fragments), list(replicas), self._ranks)
-        if self._asynchronous:
-            owned = self._snapshot.take(owned)
+        ranks, owned, held = self._ranks, list(fragments), list(replicas)
         frozen = json.loads(json.dumps(state))
-        random = torch.get_rng_state()
-        content = Content(step, owned, random, frozen, dict(attachments), self._asynchronous)
+        content = Content(
+            step, owned, torch.get_rng_state(), frozen, dict(attachments), self._asynchronous
+        )
         kept = [] if keep is None else [keep]
         if self._asynchronous:
-            self._task.start(lambda: self._write(content, kept))
-        elif self._staging is not None:
+            ready = mark_ready([*held, *owned])
+            self._task.start(
+                lambda: self._snapshot.take(own(owned, held, ranks), ready),
+                lambda copies: self._write(replace(content, fragments=copies), kept),
+            )
+            return self.path(step)
+        content = replace(content, fragments=own(owned, held, ranks))
+        if self._staging is not None:
             self._write_to(self._staging, content)
-            self._task.start(lambda: self._upload(content.step, kept))
+            self._task.start(lambda: step, lambda staged: self._upload(staged, kept))
         else:
             self._write(content, kept)
         return self.path(step)
 
+    def wait_until_copied(self) -> None:
+        """Wait until the data of the last `save` is in host memory: then it may change.
+
+        A failure is told by `finish`.
+        """
+        self._task.wait_until_prepared()
+
     def is_busy(self) -> bool:
         """Whether a save goes on in the background of this rank."""
         return self._task.is_busy()
+
+    def writes_over(self) -> bool:
+        """Whether the next save finds the files of a pruned checkpoint."""
+        return self._reuse and self.storage.exists(SPARE_NAME)
 
     def has_failed(self) -> bool:
         """Whether this rank's save in the background has failed; `finish` tells why."""
@@ -268,6 +290,14 @@ class CheckpointManager(CheckpointFolder):
         assert self._staging is not None
         upload(self._staging.storage, self.storage, step_name(step), self._ranks)
         agree(self._ranks, lambda: self._prune_all(keep))
+
+    def remove(self, step: int) -> None:
+        """See `CheckpointFolder.remove`; with `reuse` its files wait for the next save."""
+        if not self._reuse:
+            super().remove(step)
+            return
+        self.storage.remove_folder(SPARE_NAME)
+        self.storage.rename_folder(step_name(step), SPARE_NAME)
 
     def _prune_all(self, keep: list[int]) -> None:
         if self._ranks.rank == 0:
@@ -367,6 +397,9 @@ class CheckpointManager(CheckpointFolder):
     def close(self) -> None:
         """Wait for the background, whatever comes of it, and give the folder free."""
         self._task.abandon()
+        if self._reuse and self._locks:  # this process is the one that prunes
+            with contextlib.suppress(UserError, OSError):
+                self.storage.remove_folder(SPARE_NAME)
         for lock in self._locks:
             lock.release()
 

@@ -69,8 +69,22 @@ class Manifest(_Strict):
     state: dict[str, Any]
 
 
+_LEGAL = "pieces lie in their parameter and in a listed file, each weight in one piece"
+
+
 def dump_manifest(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json, with a checksum over all that it says."""
+    """The bytes of manifest.json, with a checksum over all that it says.
+
+    Raises:
+        UserError: it breaks a rule that readers apply: what no one could read is not committed.
+    """
+    reason = _illegal(manifest)
+    if reason:
+        raise UserError(
+            f"the checkpoint of step {manifest.step} was not committed: {reason}",
+            rule=_LEGAL,
+            remedy="this is a mistake of megascale, please report it; checkpoints before are whole",
+        )
     content = json.loads(manifest.model_dump_json())
     return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
 
@@ -108,7 +122,7 @@ def read_manifest(storage: Storage) -> Manifest:
     if reason:
         raise UserError(
             f"{where}: {reason}",
-            rule="pieces lie in their parameter and in a listed file, each weight in one piece",
+            rule=_LEGAL,
             remedy="use another checkpoint; this manifest is damaged",
         )
     return manifest
@@ -188,11 +202,24 @@ def _illegal(manifest: Manifest) -> str:
     for (name, kind), boxes in held.items():
         if _overlap(boxes):
             return f"pieces of {kind} of {name!r} overlap"
+        count, whole = _covered(boxes)
+        if count != whole:
+            return f"the pieces of {kind} of {name!r} hold {count} of its {whole} elements"
     for name, shape in manifest.parameters.items():
-        count = sum(piece.numel for box in held[name, "master"].values() for piece in box)
+        count, _ = _covered(held[name, "master"])
         if count != math.prod(shape):
             return f"the pieces of {name!r} hold {count} of its {math.prod(shape)} elements"
     return ""
+
+
+def _covered(boxes: dict[Any, list[Piece]]) -> tuple[int, int]:
+    """(elements in pieces, elements of the smallest tensor that holds their boxes).
+
+    That tensor is smaller than the parameter for a state that is reduced over a dimension.
+    """
+    count = sum(piece.numel for pieces in boxes.values() for piece in pieces)
+    ends = (max(end for _, end in dim) for dim in zip(*boxes, strict=True))
+    return count, math.prod(ends)
 
 
 def _is_legal(piece: Piece, shape: tuple[int, ...] | None, sizes: dict[str, int]) -> bool:

@@ -182,16 +182,21 @@ class CheckpointReader:
         if path not in self._open:
             missing = not self.storage.exists(path)
             if missing or self.storage.is_link(path):
-                reason = "is missing" if missing else "is a link"
-                raise UserError(
-                    f"checkpoint {self.storage.root} is damaged: {path} {reason}",
-                    rule="every file that the manifest lists must be there, and be a file",
-                    remedy="use another checkpoint of the run",
-                )
-            stream = self.storage.open_read(path)
+                raise self._not_a_file(path, "is missing" if missing else "is a link")
+            try:
+                stream = self.storage.open_held(path)
+            except FileNotFoundError as error:
+                raise self._not_a_file(path, "was removed meanwhile") from error
             name = self.storage.path(path)
             self._open[path] = TensorFile(stream, name, self.storage.size(path))
         return self._open[path]
+
+    def _not_a_file(self, path: str, reason: str) -> UserError:
+        return UserError(
+            f"checkpoint {self.storage.root} is damaged: {path} {reason}",
+            rule="every file that the manifest lists must be there, and be a file",
+            remedy="use another checkpoint of the run",
+        )
 
     def _copy_overlap(
         self, fragment: Fragment, wanted: tuple[np.ndarray, np.ndarray], piece: Piece

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 import fsspec
@@ -19,6 +21,8 @@ WRITING_PREFIX = ".writing_"
 """Name that a folder has until it is complete."""
 REMOVING_PREFIX = ".removing_"
 """Name that a folder has while its files are removed."""
+SPARE_NAME = ".spare"
+"""Name of a removed checkpoint's folder whose files the next save overwrites."""
 
 Before = Callable[[str, str], None]
 """Called before each change with its kind (make, write, sync, rename, remove) and the path.
@@ -78,6 +82,29 @@ class _Stream:
         self._before("write", self._path)
         self._stream.write(data)
         return len(data)
+
+
+def _space_of(path: str) -> int | str:
+    """A descriptor of the file there, not truncated; `path`, free, where it may not be changed.
+
+    That is where another name leads to it, another process reads it, or there are no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        return path
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+    except OSError:
+        pass  # held by a reader, or no locks here
+    os.close(descriptor)
+    os.unlink(path)
+    return path
 
 
 class Storage:
@@ -163,20 +190,57 @@ class Storage:
                 self._before("remove", self.path(*parts))
                 self.fs.rm_file(self.path(*parts))
 
+    def files(self, *parts: str) -> list[str]:
+        """Paths of the files in a local folder, below it."""
+        top = self.path(*parts)
+        return [
+            os.path.relpath(os.path.join(folder, name), top).replace(os.sep, "/")
+            for folder, _, names in os.walk(top)
+            for name in names
+        ]
+
     def open_read(self, *parts: str) -> IO[bytes]:
         """Open a file for reading; the caller closes it."""
         return self.fs.open(self.path(*parts), "rb")
 
+    def open_held(self, *parts: str) -> IO[bytes]:
+        """The same, and no save overwrites a local file (`open_write`) until it is closed.
+
+        Raises:
+            FileNotFoundError: it is not there, or not any more.
+        """
+        stream, path = self.open_read(*parts), self.path(*parts)
+        if not self.is_local:
+            return stream
+        with suppress(OSError):  # no locks on this file system: then none is overwritten either
+            fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not os.path.exists(path) or not os.path.samestat(
+            os.stat(path), os.fstat(stream.fileno())
+        ):
+            stream.close()
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", path)
+        return stream
+
     @contextmanager
-    def open_write(self, *parts: str) -> Iterator[IO[bytes]]:
-        """Open a file for writing; on a clean exit its bytes are on the device (fsync)."""
+    def open_write(self, *parts: str, over: bool = False) -> Iterator[IO[bytes]]:
+        """Open a file for writing; on a clean exit its bytes are on the device (fsync).
+
+        Args:
+            over: where a local file is there that nobody reads, its space is written over, which
+                costs much less than new space.
+        """
         path = self.path(*parts)
         with _explain_access(self), explain_write_errors(path):
             self._before("write", path)
-            opened: Any = open(path, "wb") if self.is_local else self.fs.open(path, "wb")  # noqa: SIM115
+            opened: Any
+            if self.is_local:
+                opened = open(_space_of(path) if over else path, "wb")  # noqa: SIM115
+            else:
+                opened = self.fs.open(path, "wb")
             with opened as stream:
                 yield _Stream(stream, path, self._before)  # type: ignore[misc]
                 if self.is_local:
+                    stream.truncate()
                     stream.flush()
                     self._before("sync", path)
                     os.fsync(stream.fileno())

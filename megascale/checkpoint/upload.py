@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import IO
 
 import xxhash
 
@@ -84,16 +85,46 @@ def _writer(path: str) -> int:
     return int(match.group(1)) if match else 0
 
 
+@contextlib.contextmanager
+def _reading(source: Storage, name: str, parts: list[str]) -> Iterator[Iterator[bytes]]:
+    """The blocks of a staged file; what its disk refuses is told apart from what `target` does."""
+    path = source.path(name, *parts)
+
+    def failure(error: OSError) -> UserError:
+        return UserError(
+            f"cannot read {path}: {error.strerror or error}",
+            rule="a staged checkpoint is copied to the run's folder",
+            remedy="check the disk of checkpoint.staging_dir",
+        )
+
+    def blocks(stream: IO[bytes]) -> Iterator[bytes]:
+        while True:
+            try:
+                block = stream.read(_CHUNK)
+            except OSError as error:
+                raise failure(error) from error
+            if not block:
+                return
+            yield block
+
+    try:
+        opened = source.open_read(name, *parts)
+    except OSError as error:
+        raise failure(error) from error
+    with opened as stream:
+        yield blocks(stream)
+
+
 def _copy(source: Storage, target: Storage, name: str, working: str, entry: FileEntry) -> None:
     parts = entry.path.split("/")
     if len(parts) > 1:
         target.make_folder(working, *parts[:-1])
     digest = xxhash.xxh3_128()
     with (
-        source.open_read(name, *parts) as reading,
+        _reading(source, name, parts) as blocks,
         target.open_write(working, *parts) as writing,
     ):
-        while block := reading.read(_CHUNK):
+        for block in blocks:
             digest.update(block)
             writing.write(block)
     if digest.hexdigest() != entry.xxh3_128:

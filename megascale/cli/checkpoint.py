@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -162,9 +162,19 @@ def _best(folder: CheckpointFolder, newest: int) -> list[int]:
     """The best step that the newest checkpoint knows of."""
     from megascale.checkpoint.reader import CheckpointReader
 
-    callbacks = CheckpointReader(folder.path(newest)).manifest.state.get("callbacks", {})
-    best = callbacks.get("checkpoint", {}).get("best_step")
-    return [] if best is None else [int(best)]
+    path = folder.path(newest)
+    value: Any = CheckpointReader(path).manifest.state
+    for key in ("callbacks", "checkpoint", "best_step"):
+        value = value.get(key) if isinstance(value, dict) else value
+    if value is None:
+        return []
+    if type(value) is not int:
+        raise UserError(
+            f"{path}: callbacks.checkpoint.best_step in the manifest's state leads to {value!r}",
+            rule="it is the number of the best step, which is never removed",
+            remedy="remove checkpoints by hand; this manifest was not written by megascale",
+        )
+    return [value]
 
 
 def _open(path: str) -> CheckpointReader:

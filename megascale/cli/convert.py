@@ -37,10 +37,13 @@ class SentenceObjective(str, Enum):
     SOP = "sop"
 
 
+Output = Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")]
+
+
 @app.command("to-hf")
 def to_hf(
     checkpoint: CheckpointFolder,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    out: Output,
     dtype: Annotated[WeightType, typer.Option(help="Type of the weights.")] = WeightType.FP32,
     shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB or 500MB.")] = "5GB",
     family: Annotated[
@@ -76,7 +79,7 @@ def from_hf(
     source: Annotated[
         str, typer.Argument(metavar="DIR", help="A folder of transformers, or a .gguf file.")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    out: Output,
     dtype: Annotated[
         WeightType | None, typer.Option(help="Type of the weights; as found by default.")
     ] = None,
@@ -103,7 +106,6 @@ def from_hf(
     typer.echo(f"train on from it: megascale train {done.config_file} data.path=...")
 
 
-Output = Annotated[str, typer.Option("--output", metavar="OUT", help="A new folder.")]
 Stored = Annotated[
     WeightType | None, typer.Option("--dtype", help="Type of the weights; as found by default.")
 ]

@@ -36,12 +36,14 @@ def match_tensors(
     entries: Sequence[Entry],
     shapes: Mapping[str, Shape],
     heads: int,
+    described: str = "its config.json",
 ) -> Match:
     """Find every tensor of `entries` in the files.
 
     Args:
         shapes: our parameters' shapes by name.
         heads: number of query heads.
+        described: what says which tensors these are, for errors.
 
     Raises:
         UserError: tensors that are missing, too many, of another shape or quantized; all are
@@ -59,13 +61,14 @@ def match_tensors(
     lines += [f"not in the model: {name}" for name in extra]
     for name, stored in found.items():
         if source.shape(stored) != wanted[name]:
-            lines.append(f"{name}: the file has {source.shape(stored)}, config.json {wanted[name]}")
+            there, expected = source.shape(stored), wanted[name]
+            lines.append(f"{name}: the file has {there}, by {described} it is {expected}")
         elif not source.dtype(stored).is_floating_point:
             lines.append(f"{name}: quantized ({source.dtype(stored)})")
     if lines:
-        raise _refusal(source, family, lines)
+        raise _refusal(source, family, lines, described)
     for name, stored in copied.items():
-        _check_tied(source, stored, found[copies[name]])
+        _check_tied(source, stored, found[copies[name]], described)
     drawn = tuple(ours for entry in entries if entry.theirs in absent for ours in entry.ours)
     return Match(found, drawn, tuple(left_out))
 
@@ -111,17 +114,17 @@ def _absent_heads(
     return frozenset(absent)
 
 
-def _refusal(source: TensorSource, family: Family, lines: list[str]) -> UserError:
+def _refusal(source: TensorSource, family: Family, lines: list[str], described: str) -> UserError:
     return UserError(
-        f"the tensors of {source.where} are not those of its config.json:\n    "
+        f"the tensors of {source.where} are not those of {described}:\n    "
         + "\n    ".join(folded(lines)),
-        rule=f"a {family.model_type} of this config.json has exactly one tensor of each name "
-        "and shape",
-        remedy="check config.json (vocab_size, tie_word_embeddings, ...) and copy the files again",
+        rule=f"by {described} it is a {family.model_type}, which has exactly one tensor of each "
+        "name and shape",
+        remedy=f"check {described} (vocab_size, tie_word_embeddings, ...) and copy the files again",
     )
 
 
-def _check_tied(source: TensorSource, copy: str, original: str) -> None:
+def _check_tied(source: TensorSource, copy: str, original: str, described: str) -> None:
     """A tied model may hold a tensor a second time, if it is the same."""
     alike = source.shape(copy) == source.shape(original)
     alike = alike and source.dtype(copy) == source.dtype(original)
@@ -132,5 +135,5 @@ def _check_tied(source: TensorSource, copy: str, original: str) -> None:
         raise UserError(
             f"{source.where}: {copy} differs from {original}, and tie_word_embeddings is true",
             rule="tied weights are one tensor",
-            remedy="set tie_word_embeddings to false in config.json",
+            remedy=f"set tie_word_embeddings to false in {described}",
         )

@@ -56,7 +56,7 @@ def read_deepspeed(path: str) -> Found:
     models = [load_file(file, STAND_INS) for file in model_files]
     if not optimizer_files:
         return _without_zero(folder, models[0])
-    states = [load_file(file, STAND_INS)["optimizer_state_dict"] for file in optimizer_files]
+    states = [dict(load_file(f, STAND_INS)["optimizer_state_dict"]) for f in optimizer_files]
     _require_all_ranks(folder, states)
     stage_3 = "fp32_flat_groups" in states[0]
     weights = [s["fp32_flat_groups" if stage_3 else _FLAT] for s in states]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the tensors are the weights of."""
+    """What the tensors are the weights of, and what said so."""
 
+    described: str
     config: Config
     family_of: Callable[[Mapping[str, Shape]], Family]
     tokenizer: Mapping[str, bytes]
@@ -98,9 +100,11 @@ def import_deepspeed(
         UserError: see `read_deepspeed`, or a model that the tensors do not fit.
     """
     require_empty(Storage(out))
-    found = read_deepspeed(path)
+    with _understood(path, "DeepSpeed"):
+        found = read_deepspeed(path)
     described = _described(model, path)
-    return _write(found, described, out, shapes_of, dtype)
+    with _understood(path, "DeepSpeed"):
+        return _write(found, described, out, shapes_of, dtype)
 
 
 def import_megatron(
@@ -119,10 +123,32 @@ def import_megatron(
         UserError: see `read_megatron` and `model_settings`.
     """
     require_empty(Storage(out))
-    found, args = read_megatron(path, vocab_size)
-    config = _config(model_settings(args, found.where))
-    table = family(gated=bool(args.get("swiglu")))
-    return _write(found, _Model(config, lambda shapes: table, {}), out, shapes_of, dtype)
+    with _understood(path, "Megatron-LM"):
+        found, args = read_megatron(path, vocab_size)
+        config = _config(model_settings(args, found.where))
+        table = family(gated=bool(args.get("swiglu")))
+        model = _Model("the arguments in the file", config, lambda shapes: table, {})
+        return _write(found, model, out, shapes_of, dtype)
+
+
+@contextmanager
+def _understood(path: str, program: str) -> Iterator[None]:
+    """Turn what values of unforeseen types or shapes lead to into an error about the files.
+
+    They are another program's, so there is no list of all that may be wrong with them.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = (str(e).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{path} does not hold what {program} writes: {type(e).__name__}: {reason}",
+            rule="its values must have the types and shapes of docs/importers.md",
+            remedy=f"copy the checkpoint again; if {program} wrote it like this, please report it "
+            "with its version",
+        ) from e
 
 
 def _config(model: Mapping[str, Any], objective: str = "none") -> Config:
@@ -153,12 +179,12 @@ def _described(model: str | None, path: str) -> _Model:
                 "run's checkpoint has it",
             )
         config = _config(given.model.model_dump(), given.data.sentence_objective)
-        return _Model(config, _own_names, {})
+        return _Model(model, config, _own_names, {})
     values, tokenizer = read_model_folder(model)
     table = family_of(values, model)
     objective = "nsp" if table.sentence_head else "none"
     config = _config(simplified(table.read_config(values)), objective)
-    return _Model(config, lambda shapes: table, tokenizer)
+    return _Model(f"the config.json of {model}", config, lambda shapes: table, tokenizer)
 
 
 def _own_names(shapes: Mapping[str, Shape]) -> Family:
@@ -185,9 +211,8 @@ def _write(
         kind: PartsSource(found.where, {}, _unwrapped(tensors, wrapper))
         for kind, tensors in found.kinds.items()
     }
-    match = match_tensors(
-        sources["master"], table, entries, shapes, config.model.num_attention_heads
-    )
+    heads = config.model.num_attention_heads
+    match = match_tensors(sources["master"], table, entries, shapes, heads, model.described)
     check_vocabulary(model.tokenizer, config.model, found.where)
     if match.drawn and len(sources) > 1:
         sources = {"master": sources["master"]}

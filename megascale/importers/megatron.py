@@ -7,7 +7,7 @@ turned into the former's. docs/importers.md tells how tensors are cut and joined
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def read_megatron(path: str, vocab_size: int | None = None) -> tuple[Found, dict
     _require_grid(folder, args, loaded)
     version = float(first.get("checkpoint_version", 0))
     pieces = _joined(loaded, str(folder))
+    _require_layers(folder, args, pieces)
     tensors = {name: _tensor(name, parts, args, version) for name, parts in pieces.items()}
     args = _cut_vocabulary(tensors, args, vocab_size, str(folder))
     found = Found(
@@ -206,6 +207,13 @@ def _require_grid(folder: Path, args: Mapping[str, Any], loaded: Sequence[Sequen
             raise _missing(folder, f"ranks: {name} was {args[name]}, there are {found}")
 
 
+def _require_layers(folder: Path, args: Mapping[str, Any], names: Iterable[str]) -> None:
+    """A model of more layers than there are is not even built."""
+    found = 1 + max((_global_name(name, 0)[1] for name in names), default=-1)
+    if args.get("num_layers") not in (None, found):
+        raise _missing(folder, f"layers: num_layers is {args['num_layers']}, there are {found}")
+
+
 def _joined(loaded: Sequence[Sequence[Mapping[str, Any]]], where: str) -> dict[str, list[Tensor]]:
     """The tensors by global name, each as the parts of the tensor-parallel ranks."""
     found: dict[str, list[Tensor]] = {}
@@ -259,7 +267,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def _tensor(name: str, parts: list[Tensor], args: Mapping[str, Any], version: float) -> Held:
-    """The whole tensor of the ranks' parts."""
+    """The whole tensor of the ranks' parts.
+
+    Raises:
+        UserError: they are not equally large.
+    """
+    if any(part.shape != parts[0].shape for part in parts):
+        raise UserError(
+            f"{name} has the shapes {[tuple(part.shape) for part in parts]} on its ranks",
+            rule="tensor-parallel ranks hold equal parts",
+            remedy="copy the checkpoint again",
+        )
     gated = bool(args.get("swiglu"))
     make: Callable[[], Tensor]
     shape = list(parts[0].shape)

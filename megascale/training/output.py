@@ -25,6 +25,7 @@ def run_manager(
         saving.keep_every,
         asynchronous=saving.async_save,
         staging=saving.staging_dir,
+        reuse=saving.reuse_files,
         ranks=ranks,
         locks=locks,
     )

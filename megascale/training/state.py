@@ -47,6 +47,8 @@ class StepResult:
         loss_scale: the factor of the loss in this step. skipped: its gradient overflowed, so the
             weights were not changed; data and learning rate move on.
         step_time_s: wall-clock time of the step, seconds.
+        checkpoint_s: seconds that training stood still for a checkpoint, in this step or at the end
+            of the one before.
         mfu: model FLOPs per second over the measured or published peak, 0..1; None if unknown.
         sources: what was read of each dataset up to this step.
         memory_bytes: resident set of this process on CPU, peak allocated on GPU.
@@ -65,4 +67,5 @@ class StepResult:
     skipped: bool
     mfu: float | None = None
     memory_bytes: int | None = None
+    checkpoint_s: float = 0.0
     sources: Mapping[str, SourceCount] = field(default_factory=dict)

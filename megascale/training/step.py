@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,21 @@ class StepParts:
     ledger: Ledger
 
 
-def train_step(parts: StepParts, state: TrainState) -> StepResult:
+def _go_on() -> None:
+    """The usual `before_update`: nothing waits."""
+
+
+def train_step(
+    parts: StepParts, state: TrainState, before_update: Callable[[], None] = _go_on
+) -> StepResult:
     """Run one step and advance `state`. Collective.
 
     The gradient is that of the mean over all targets of the global batch (with several objectives:
     of the sum of their means), so it does not depend on how the batch is cut into ranks and
     micro-batches, nor on how masks fall.
+
+    Args:
+        before_update: called when gradients are there and no weight has changed yet.
 
     Raises:
         UserError: the loss is not finite (before any weight is changed).
@@ -54,6 +63,7 @@ def train_step(parts: StepParts, state: TrainState) -> StepResult:
     if not math.isfinite(loss):
         raise _diverged(state.step + 1, loss, own=not loss_sums.isfinite().all())
     lr = parts.schedule.lr_at(state.step)
+    before_update()
     outcome = parts.engine.step(lr)
 
     state.step += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megascale.training.state import StepResult, TrainState
@@ -39,6 +40,7 @@ class Trainer:
         self.callbacks = callbacks
         self.say = say
         self.stop_reason: str | None = None
+        self.checkpoint_s = 0.0  # see StepResult
         self._enrich = enrich
 
     def stop(self, reason: str) -> None:
@@ -51,7 +53,9 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_fit_start(self)
             while self.state.step < self.max_steps and self.stop_reason is None:
-                result = self._enrich(self, train_step(self.parts, self.state))
+                result = train_step(self.parts, self.state, self._before_update)
+                result = self._enrich(self, replace(result, checkpoint_s=self.checkpoint_s))
+                self.checkpoint_s = 0.0
                 for callback in self.callbacks:
                     callback.on_step_end(self, result)
             if self.stop_reason is not None:
@@ -62,3 +66,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
             self.parts.loader.close()
+
+    def _before_update(self) -> None:
+        for callback in self.callbacks:
+            callback.before_update(self)

@@ -8,11 +8,15 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megascale.checkpoint.background import Snapshot
 from megascale.checkpoint.manager import CheckpointFolder
+from megascale.checkpoint.manifest import dump_manifest, read_manifest
 from megascale.checkpoint.retention import steps_to_remove
+from megascale.checkpoint.storage import Storage
 from megascale.training.callbacks.save_requests import SaveRequests
 from tests.integration import runs
 
@@ -100,6 +104,35 @@ def test_a_resharded_checkpoint_is_the_same_and_is_resumed_from(made: Made, file
     assert runs.call("checkpoint", "diff", made.checkpoint(6), again).code == 0
 
 
+def test_saving_beside_training_saves_the_same(
+    source: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy begins late: an update that did not wait for it would be in the checkpoint."""
+    take = Snapshot.take
+
+    def late(self: Snapshot, *what: Any) -> Any:
+        time.sleep(0.2)
+        return take(self, *what)
+
+    monkeypatch.setattr(Snapshot, "take", late)
+    options = (f"run.output_dir={tmp_path}/run", "checkpoint.async_save=true")
+    options += ("train.ema_decay=0.5",)
+    done = runs.call("train", source.config, *options)
+    assert done.code == 0, done.output
+    beside = Made(tmp_path / "run", source.config)
+    options = (f"run.output_dir={tmp_path}/other", "train.ema_decay=0.5")
+    assert runs.call("train", source.config, *options).code == 0
+    stopped = Made(tmp_path / "other", source.config)
+    for step in (2, 4, 6):
+        two = (beside.checkpoint(step), stopped.checkpoint(step))
+        done = runs.call("checkpoint", "diff", *two)
+        assert done.code == 0, done.output
+    waits = [line["checkpoint_s"] for line in runs.metrics(beside.output)]
+    assert all(wait >= 0.1 for wait in waits[2::2])  # in the update after a save
+    assert all(wait < 0.1 for wait in waits[1::2])
+    assert waits[0] < 0.1
+
+
 def test_prune(made: Made) -> None:
     rules = ("checkpoint", "prune", made.output, "--keep-last", 1)
     told = runs.call(*rules, "--dry-run").stdout
@@ -110,6 +143,24 @@ def test_prune(made: Made) -> None:
     (made.checkpoint(6) / "config.yaml").write_text("broken")
     assert "is damaged: config.yaml" in runs.call(*rules).refusal()
     assert CheckpointFolder(str(made.output / "checkpoints")).steps() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"callbacks": {"checkpoint": {"best_step": "four"}}},
+        {"callbacks": {"checkpoint": {"best_step": 4.5}}},
+        {"callbacks": {"checkpoint": "none"}},
+        {"callbacks": [4]},
+    ],
+)
+def test_prune_with_a_manifest_that_does_not_tell_the_best_step(made: Made, state: Any) -> None:
+    manifest = read_manifest(Storage(str(made.checkpoint(6))))
+    text = dump_manifest(manifest.model_copy(update={"state": state}))
+    (made.checkpoint(6) / "manifest.json").write_bytes(text)
+    refused = runs.call("checkpoint", "prune", made.output, "--keep-last", 1).refusal()
+    assert "best_step" in refused
+    assert CheckpointFolder(str(made.output / "checkpoints")).steps() == [2, 4, 6]
 
 
 @pytest.mark.parametrize(

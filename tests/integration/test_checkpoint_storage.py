@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 import torch
 
 from megascale.checkpoint.manager import CheckpointManager
+from megascale.checkpoint.ranks import OneRank
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.checkpoint.storage import Storage
+from megascale.checkpoint.upload import upload
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, whole_box
 from tests.integration import runs
@@ -104,9 +109,6 @@ def test_the_newest_intact_copy_is_taken_wherever_it_is(tmp_path: Path) -> None:
 
 
 def test_a_staged_file_that_changed_is_not_uploaded(tmp_path: Path) -> None:
-    from megascale.checkpoint.ranks import OneRank
-    from megascale.checkpoint.upload import upload
-
     manager = CheckpointManager(str(tmp_path / "stage"))
     _save(manager, 2)
     (tmp_path / "stage" / "step_00000002" / "config.yaml").write_bytes(b"a: 2\n")
@@ -114,6 +116,34 @@ def test_a_staged_file_that_changed_is_not_uploaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.yaml has another checksum"):
         upload(manager.storage, target, "step_00000002", OneRank())
     assert target.folders() == []
+
+
+def test_a_staged_file_that_cannot_be_read_is_not_called_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(str(tmp_path / "stage"))
+    _save(manager, 2)
+    target = Storage(str(tmp_path / "kept"))
+
+    class Broken(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def missing(*parts: str) -> Any:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    opened = manager.storage.open_read
+    for fault, reason in ((lambda *parts: Broken(), "Input/output error"), (missing, "No such")):
+        monkeypatch.setattr(
+            manager.storage,
+            "open_read",
+            lambda *parts, fault=fault: (
+                fault(*parts) if parts[-1] == "rank_00000.safetensors" else opened(*parts)
+            ),
+        )
+        with pytest.raises(UserError, match=f"cannot read .*rank_00000.safetensors: {reason}"):
+            upload(manager.storage, target, "step_00000002", OneRank())
+        assert target.folders() == []
 
 
 def test_a_whole_run_with_checkpoints_on_s3(bucket: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ PROMISED = {
     *("step", "loss", "lr", "grad_norm", "samples_seen", "tokens_seen"),
     *("step_time_s", "tokens_per_second", "loss_scale", "skipped"),
 }
-ADDED = {"sources", "mfu", "memory_bytes", "global_batch_size"}
+ADDED = {"sources", "mfu", "memory_bytes", "global_batch_size", "checkpoint_s"}
 QUIET = ("logging.tensorboard=false",)  # its import takes seconds
 ON_A_VALIDATED_STEP = {"valid_loss", "valid_perplexity", "valid_tokens"}
 

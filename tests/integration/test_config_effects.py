@@ -261,6 +261,12 @@ ROWS = (
     ),
     Row("checkpoint.save_minutes", 1e-6, ("checkpoints",)),
     Row("checkpoint.folder", "{folder}/run/saved", ("files",)),
+    Row(
+        "checkpoint.reuse_files",
+        True,
+        ("console_saved",),
+        {"checkpoint.save_interval": 1, "checkpoint.keep_last": 1},
+    ),
     Row("checkpoint.async_save", True, ("console_saved",)),
     Row("checkpoint.staging_dir", "{folder}/staging", ("files",)),
     Row("checkpoint.init_from", "{weights}", ("losses",)),

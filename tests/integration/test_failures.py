@@ -54,10 +54,10 @@ class Finder(importlib.abc.MetaPathFinder):
             execute(module)
             right = module.train_step
 
-            def train_step(parts, state):
+            def train_step(parts, state, *more):
                 if state.step == 1:
                     fault(parts)
-                return right(parts, state)
+                return right(parts, state, *more)
 
             module.train_step = train_step
 

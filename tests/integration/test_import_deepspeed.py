@@ -140,10 +140,10 @@ def test_the_command_its_report_and_the_config(saved: Any, tmp_path: Path) -> No
     folder = tmp_path / "theirs"
     shutil.copytree(saved("gpt2", 1), folder)
     out = tmp_path / "out"
-    refused = call("convert", "from-deepspeed", folder, "--output", out).refusal()
+    refused = call("convert", "from-deepspeed", folder, out).refusal()
     assert "no config.json is in it or above it" in refused
     _described("gpt2", folder)
-    done = call("convert", "from-deepspeed", folder, "--output", out, "--dtype", "bf16")
+    done = call("convert", "from-deepspeed", folder, out, "--dtype", "bf16")
     assert done.code == 0, done.output
     assert "lost: position in the data" in done.stdout
     report = json.loads((out / "import.json").read_text())
@@ -151,10 +151,7 @@ def test_the_command_its_report_and_the_config(saved: Any, tmp_path: Path) -> No
     assert [g["weight_decay"] for g in report["settings"]["optimizer_groups"]] == [0.1, 0.0]
     config = load_config(str(out / "config.yaml"), ["data.path=given"])
     assert config.checkpoint.init_from == report["checkpoint"]
-    assert (
-        "exists and is not empty"
-        in call("convert", "from-deepspeed", folder, "--output", out).refusal()
-    )
+    assert "exists and is not empty" in call("convert", "from-deepspeed", folder, out).refusal()
 
 
 def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> None:
@@ -174,6 +171,11 @@ def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> N
     unsized.write_text(dump_yaml({"model": {**MEGASCALE, "vocab_size": None}}))
     with pytest.raises(UserError, match=r"model\.vocab_size is not given"):
         import_deepspeed(str(folder), str(tmp_path / "out"), str(unsized), _shapes)
+    other_width = tmp_path / "other.yaml"
+    other_width.write_text(dump_yaml({"model": {**MEGASCALE, "num_layers": 1}}))
+    with pytest.raises(UserError, match=r"are not those of \S*other\.yaml:") as caught:
+        import_deepspeed(str(folder), str(tmp_path / "out"), str(other_width), _shapes)
+    assert "config.json" not in str(caught.value)
     second = step / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     second.rename(tmp_path / "kept")
     assert "1 of 2 *_optim_states.pt are there" in refusal()
@@ -190,3 +192,36 @@ def test_what_cannot_be_put_together_is_refused(saved: Any, tmp_path: Path) -> N
     assert "`latest` names" in refusal()
     (folder / "latest").unlink()
     assert "mp_rank_00_model_states.pt" in refusal()
+
+
+GARBAGE = (None, "x", -3, {"a": 1}, torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_garbage_in_any_place_is_a_mistake_of_the_file(
+    saved: Any, tmp_path: Path, stage: int
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(saved("gpt2" if stage == 1 else "llama", stage), folder)
+    model = _described("gpt2" if stage == 1 else "llama", tmp_path)
+    step, refused = folder / f"global_step{STEPS}", 0
+    for path in (next(step.glob("*00_model_states.pt")), next(step.glob("*_0_*optim_states.pt"))):
+        content = torch.load(path, weights_only=False)
+        places = [(key,) for key in content]
+        states = content.get("optimizer_state_dict")
+        places += [("optimizer_state_dict", key) for key in states or ()]
+        for place in places:
+            for value in GARBAGE:
+                planted = {**content}
+                if len(place) == 2:
+                    planted[place[0]] = {**states, place[1]: value}
+                else:
+                    planted[place[0]] = value
+                torch.save(planted, path)
+                try:
+                    import_deepspeed(str(folder), str(tmp_path / "out"), model, _shapes)
+                except UserError:
+                    refused += 1
+                shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        torch.save(content, path)
+    assert refused >= 2 * len(GARBAGE)

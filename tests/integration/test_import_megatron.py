@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_norms_whose_weights_are_stored_around_zero(tmp_path: Path) -> None:
 def test_the_command_and_its_report(tmp_path: Path) -> None:
     _, tensors, args = gpt2()
     write(tmp_path / "theirs", tensors, args, dtype=torch.bfloat16)
-    done = call("convert", "from-megatron", tmp_path / "theirs", "--output", tmp_path / "out")
+    done = call("convert", "from-megatron", tmp_path / "theirs", tmp_path / "out")
     assert done.code == 0, done.output
     assert "lost: digits of the weights" in done.stdout
     report = json.loads((tmp_path / "out" / "import.json").read_text())
@@ -109,9 +110,7 @@ def test_a_file_that_needs_code_is_refused_with_its_name(tmp_path: Path) -> None
     path = tmp_path / "theirs" / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
     content = torch.load(path, weights_only=False)
     torch.save({**content, "hook": print}, path)
-    refused = call(
-        "convert", "from-megatron", tmp_path / "theirs", "--output", tmp_path / "out"
-    ).refusal()
+    refused = call("convert", "from-megatron", tmp_path / "theirs", tmp_path / "out").refusal()
     assert "model_optim_rng.pt" in refused
     assert "print" in refused
     assert not (tmp_path / "out").exists()
@@ -145,6 +144,51 @@ def test_what_cannot_be_put_together_is_refused(tmp_path: Path) -> None:
     assert "torch_dist" in _refusal(theirs, out)
     (theirs / "latest_checkpointed_iteration.txt").write_text("9")
     assert "'9'" in _refusal(theirs, out)
+
+
+GARBAGE = (None, "x", -3, 1e300, [], {"a": 1}, torch.zeros(()), torch.zeros(3, 3))
+
+
+def test_garbage_in_any_place_is_a_mistake_of_the_file(tmp_path: Path) -> None:
+    """What was planted is refused or, where nothing depends on it, the import is the same."""
+    _, tensors, args = gpt2()
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    write(theirs, tensors, args)
+    path = theirs / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    places = [(key,) for key in content]
+    places += [("model", key) for key in list(content["model"])[:4]]
+    refused = 0
+    for place in places:
+        for value in GARBAGE:
+            planted = dict(content)
+            inside = planted
+            for key in place[:-1]:
+                inside[key] = dict(inside[key])
+                inside = inside[key]
+            inside[place[-1]] = value
+            torch.save(planted, path)
+            try:
+                _import(theirs, out)
+            except UserError:
+                refused += 1
+            shutil.rmtree(out, ignore_errors=True)
+    assert refused >= 4 * len(GARBAGE)  # no place in the model's tensors is taken for granted
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_layers": 10**9}, "num_layers is 1000000000, there are 2"),
+        ({"num_attention_heads": "many"}, "does not hold what Megatron-LM writes"),
+        ({"hidden_size": -8}, "does not hold what Megatron-LM writes"),
+        ({"norm_epsilon": {"a": 1}}, "does not hold what Megatron-LM writes"),
+    ],
+)
+def test_garbage_in_the_arguments_is_told(tmp_path: Path, change: Any, says: str) -> None:
+    _, tensors, args = gpt2()
+    write(tmp_path / "theirs", tensors, {**args, **change})
+    assert says in _refusal(tmp_path / "theirs", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,11 @@ class Finder(importlib.abc.MetaPathFinder):
             execute(module)
             right = module.train_step
 
-            def train_step(parts, state):
+            def train_step(parts, state, *more):
                 time.sleep(float(os.environ.get("TEST_STEP_S", "0")))
                 if os.environ.get("TEST_RAISE") == os.environ.get("SLURM_PROCID"):
                     raise ValueError("planted in this rank")
-                return right(parts, state)
+                return right(parts, state, *more)
 
             module.train_step = train_step
 

@@ -12,13 +12,14 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megascale.checkpoint.background import NICENESS, Snapshot
 from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointFolder, CheckpointManager, Retention
 from megascale.checkpoint.ranks import OneRank
@@ -140,12 +141,16 @@ def _values(step: float) -> torch.Tensor:
     return 100 * step + torch.arange(12.0)
 
 
-def _save(root: Path, size: int, step: int, disk: Disk | None = None) -> list[BaseException | None]:
+def _save(
+    root: Path, size: int, step: int, disk: Disk | None = None, reuse: bool = False
+) -> list[BaseException | None]:
     ranks = disk.ranks if disk is not None else ThreadRanks(size)
 
     def work(rank: int) -> None:
         storage = Storage(str(root), disk) if disk is not None else Storage(str(root))
-        manager = CheckpointManager(str(root), keep_last=2, storage=storage, ranks=ranks)
+        manager = CheckpointManager(
+            str(root), keep_last=2, reuse=reuse, storage=storage, ranks=ranks
+        )
         manager.save(step, _fragments(rank, size, float(step)), {"step": step}, ATTACHMENTS)
 
     return ranks.run(work)
@@ -199,6 +204,78 @@ def test_a_save_that_ends_at_any_point(
         assert _save(root, 2, 8) == [None, None]  # the next save tidies up by itself
         assert _newest(root)[0] == 8
         assert [name for name in os.listdir(root) if name.startswith(".writing")] == []
+
+
+# Over the files of a pruned one ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_spare(two_steps: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 4 and 6, and the space of step 2, in which two files are that no save writes."""
+    root = _copy(two_steps, tmp_path_factory.mktemp("spare") / "checkpoints")
+    assert _save(root, 2, 6, reuse=True) == [None, None]
+    (root / ".spare" / "rank_00002.safetensors").write_bytes(b"of a larger run")
+    (root / ".spare" / "tokenizer" / "old.json").write_bytes(b"{}")
+    return root
+
+
+def test_a_save_writes_over_a_pruned_one(with_spare: Path, tmp_path: Path) -> None:
+    root = _copy(with_spare, tmp_path / "checkpoints")
+    assert CheckpointFolder(str(root)).steps() == [4, 6]
+    for rank in range(2):  # what was there is longer than what comes
+        with open(root / ".spare" / f"rank_{rank:05d}.safetensors", "ab") as stream:
+            stream.write(bytes(1000))
+    spaces = [os.stat(path).st_ino for path in sorted((root / ".spare").glob("rank_0000[01]*"))]
+    assert _save(root, 2, 8, reuse=True) == [None, None]
+    assert set(os.listdir(root)) == {"step_00000006", "step_00000008", ".spare"}
+    written = root / "step_00000008"
+    assert [os.stat(path).st_ino for path in sorted(written.glob("rank_*"))] == spaces
+    assert set(files(written)) == set(files(root / "step_00000006"))
+    assert _newest(root) == (8, [])
+    assert not (root / ".spare").exists()  # a resume lets it go
+
+
+@pytest.mark.parametrize("only", [None, 1], ids=["all", "rank1"])
+def test_a_save_over_a_pruned_one_that_ends_at_any_point(
+    with_spare: Path, tmp_path: Path, only: int | None
+) -> None:
+    root = tmp_path / "checkpoints"
+    whole = Disk(ThreadRanks(2), only=only)
+    assert _save(_copy(with_spare, root), 2, 8, whole, reuse=True) == [None, None]
+    for at in range(len(whole.seen)):
+        disk = Disk(ThreadRanks(2), at, only)
+        outcomes = _save(_copy(with_spare, root), 2, 8, disk, reuse=True)
+        assert any(isinstance(outcome, Ended) for outcome in outcomes)
+        disk.lose_power()
+        found, notes = _newest(root)
+        assert (found, notes) in ((6, []), (8, [])), (at, whole.seen[at])
+        intact = CheckpointFolder(str(root)).steps()
+        assert 6 in intact
+        assert 4 in intact or found == 8
+
+
+def test_what_is_read_or_has_another_name_is_not_written_over(
+    with_spare: Path, tmp_path: Path
+) -> None:
+    root, other_name = _copy(with_spare, tmp_path / "checkpoints"), tmp_path / "linked"
+    os.link(root / ".spare" / "rank_00001.safetensors", other_name)
+    kept = other_name.read_bytes()
+    readers = {step: CheckpointReader(str(root / f"step_{step:08d}")) for step in (4, 6)}
+    part = Fragment("w", "master", SHAPE, whole_box(SHAPE), 0, torch.zeros(12))
+    readers[4].fill(part)  # from now on its files are open
+    held = {os.stat(path).st_ino for path in (root / "step_00000004").glob("rank_*")}
+    for step in (8, 10):  # over those of step 2, then over those of step 4
+        assert _save(root, 2, step, reuse=True) == [None, None]
+    assert other_name.read_bytes() == kept
+    assert held.isdisjoint(os.stat(path).st_ino for path in (root / "step_00000010").iterdir())
+    part.tensor.zero_()
+    readers[4].fill(part)
+    assert torch.equal(part.tensor, _values(4))
+    assert _newest(root) == (10, [])
+    with pytest.raises(UserError, match="is missing"):  # it went before anything of it was read
+        readers[6].fill(part)
+    for reader in readers.values():
+        reader.close()
 
 
 @pytest.mark.parametrize("only", [0, 1], ids=["rank0", "rank1"])
@@ -360,6 +437,42 @@ def test_a_folder_that_cannot_be_written(
     assert CheckpointReader(str(root / "step_00000004")).damage() is None
 
 
+def _shifted(fragment: Fragment, rank: int) -> Fragment:
+    """One element of the other rank, and without the own last one."""
+    return replace(fragment, start=fragment.start - rank)
+
+
+def _shorter(fragment: Fragment, rank: int) -> Fragment:
+    return replace(fragment, tensor=fragment.tensor[rank:], start=fragment.start + rank)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "says"),
+    [
+        ("master", _shifted, "pieces of master of 'w' overlap"),
+        ("master", _shorter, "the pieces of master of 'w' hold 11 of its 12 elements"),
+        ("exp_avg", _shifted, "pieces of exp_avg of 'w' overlap"),
+        ("exp_avg", _shorter, "the pieces of exp_avg of 'w' hold 11 of its 12 elements"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_committed(
+    two_steps: Path, tmp_path: Path, kind: str, wrong: Any, says: str
+) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    before, ranks = files(root), ThreadRanks(2)
+
+    def work(rank: int) -> None:
+        manager = CheckpointManager(str(root), ranks=ranks)
+        right = _fragments(rank, 2, 6.0)
+        both = [*right, *(replace(f, kind="exp_avg") for f in right)]
+        manager.save(6, [wrong(f, rank) if f.kind == kind else f for f in both], {}, {})
+
+    for outcome in ranks.run(work):
+        assert isinstance(outcome, UserError)
+        assert f"was not committed: {says}" in outcome.what
+    assert files(root) == before
+
+
 # In the background ----------------------------------------------------------------------------
 
 
@@ -399,6 +512,7 @@ def test_what_changes_after_the_snapshot_is_not_saved(tmp_path: Path) -> None:
     fragments = _fragments(0, 1, 2.0)
     state: dict[str, Any] = {"callbacks": {"x": 1}}
     manager.save(2, fragments, state, {})
+    manager.wait_until_copied()
     assert manager.is_busy()
     fragments[0].tensor.fill_(-1.0)
     state["callbacks"]["x"] = 2
@@ -408,3 +522,88 @@ def test_what_changes_after_the_snapshot_is_not_saved(tmp_path: Path) -> None:
     assert CheckpointReader(str(tmp_path / "step_00000002")).manifest.state == {
         "callbacks": {"x": 1}
     }
+
+
+def test_a_save_returns_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, take = threading.Event(), Snapshot.take
+
+    def late(self: Snapshot, *what: Any) -> Any:
+        gate.wait(20)
+        return take(self, *what)
+
+    monkeypatch.setattr(Snapshot, "take", late)
+    manager = CheckpointManager(str(tmp_path), asynchronous=True)
+    manager.save(2, _fragments(0, 1, 2.0), {}, {})
+    assert manager.is_busy()
+    waiting = threading.Thread(target=manager.wait_until_copied)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()  # the update has to wait
+    gate.set()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    manager.finish()
+    assert _newest(tmp_path)[0] == 2
+
+
+def test_the_copy_has_the_priority_of_training_and_the_writing_a_lower_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    seen: dict[str, int] = {}
+    take = Snapshot.take
+
+    def noted(self: Snapshot, *what: Any) -> Any:
+        seen["copy"] = niceness()
+        return take(self, *what)
+
+    def written(change: str, path: str) -> None:
+        seen["write"] = niceness()
+
+    monkeypatch.setattr(Snapshot, "take", noted)
+    storage = Storage(str(tmp_path), written)
+    manager = CheckpointManager(str(tmp_path), asynchronous=True, storage=storage)
+    manager.save(2, _fragments(0, 1, 2.0), {}, {})
+    manager.finish()
+    assert seen["copy"] == niceness()
+    assert seen["write"] == min(niceness() + NICENESS, 19)
+
+
+def test_a_copy_that_fails_does_not_hold_the_update_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Snapshot, *what: Any) -> Any:
+        raise MemoryError("no memory for the copy")
+
+    monkeypatch.setattr(Snapshot, "take", full)
+    manager = CheckpointManager(str(tmp_path), asynchronous=True)
+    manager.save(2, _fragments(0, 1, 2.0), {}, {})
+    manager.wait_until_copied()
+    with pytest.raises(UserError, match="MemoryError: no memory for the copy"):
+        manager.finish()
+    assert manager.steps() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_snapshot_is_a_copy_of_any_type_in_memory_that_is_kept(dtype: torch.dtype) -> None:
+    values = torch.arange(37, dtype=dtype)
+    parts = (values[:0], values[:5], values[5:], values[::2])
+    fragments = [
+        Fragment(f"w{i}", "master", tuple(part.shape), whole_box(tuple(part.shape)), 0, part)
+        for i, part in enumerate(parts)
+    ]
+    snapshot = Snapshot()
+    copies = snapshot.take(fragments)
+    expected = [part.clone() for part in parts]
+    where = [copy.tensor.data_ptr() for copy in copies[1:]]
+    values.zero_()
+    for copy, part in zip(copies, expected, strict=True):
+        assert copy.tensor.dtype == dtype
+        assert torch.equal(copy.tensor, part)
+    again = snapshot.take(fragments)
+    assert [copy.tensor.data_ptr() for copy in again[1:]] == where
+    assert all(not copy.tensor.any() for copy in again)

@@ -284,9 +284,9 @@ def test_any_layout_is_read_into_any_other(
 
 
 def test_elements_that_no_piece_holds_are_refused(tmp_path: Path) -> None:
-    _write(tmp_path, (4, 3), [(((0, 4), (0, 2)), 0, 8)], np.zeros(12, np.float32))
-    with pytest.raises(UserError, match=r"the pieces of 'w' hold 8 of its 12 elements"):
-        CheckpointReader(str(tmp_path))
+    with pytest.raises(UserError, match=r"not committed: the pieces of 'w' hold 8 of its 12"):
+        _write(tmp_path, (4, 3), [(((0, 4), (0, 2)), 0, 8)], np.zeros(12, np.float32))
+    assert not (tmp_path / "manifest.json").exists()
     _write(tmp_path, (4, 3), [(((0, 4), (0, 3)), 0, 12)], np.zeros(12, np.float32))
     reader = CheckpointReader(str(tmp_path))
     with pytest.raises(UserError, match=r"(?s)exp_avg of w is incomplete.*12 elements.*hold 0"):
@@ -389,6 +389,11 @@ ILLEGAL_PIECES = {
 def test_an_illegal_piece_is_refused(checkpoint: Path, name: str) -> None:
     _resealed(checkpoint, lambda content: content["pieces"][0].update(ILLEGAL_PIECES[name]))
     _refused(checkpoint)
+
+
+def test_a_manifest_that_lacks_a_piece_is_refused(checkpoint: Path) -> None:
+    _resealed(checkpoint, lambda content: content["pieces"].pop())
+    assert "elements" in _refused(checkpoint)
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:

@@ -51,14 +51,17 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(theirs: Path, tmp_pa
     said = refusal(theirs, tmp_path / "ours").what
     assert "missing: model.layers.{0-1}.mlp.up_proj.weight" in said
     assert "not in the model: model.layers.7.odd.weight" in said
-    assert "model.norm.weight: the file has (23,), config.json (24,)" in said
+    assert "model.norm.weight: the file has (23,), by its config.json it is (24,)" in said
     assert "lm_head.weight: quantized (torch.int8)" in said
 
 
 def test_vocabulary_of_config_and_weights_differ(theirs: Path, tmp_path: Path) -> None:
     edit(theirs, vocab_size=300)
     said = refusal(theirs, tmp_path / "ours").what
-    assert "model.embed_tokens.weight: the file has (270, 24), config.json (300, 24)" in said
+    assert (
+        "model.embed_tokens.weight: the file has (270, 24), by its config.json it is (300, 24)"
+        in said
+    )
 
 
 def test_tokenizer_with_more_ids_than_the_model(tmp_path: Path) -> None:

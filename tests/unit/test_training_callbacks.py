@@ -46,6 +46,7 @@ class _Trainer:
         self.parts = SimpleNamespace(mesh=SimpleNamespace(is_main=is_main), engine=self.engine)
         self.callbacks: list[Any] = []
         self.stop_reason: str | None = None
+        self.checkpoint_s = 0.0
         self.said: list[str] = []
 
     def stop(self, reason: str) -> None:
@@ -200,6 +201,9 @@ class _Manager:
         return f"step_{step}"
 
     def is_busy(self) -> bool:
+        return False
+
+    def writes_over(self) -> bool:
         return False
 
     def finish(self) -> None:

@@ -10,6 +10,7 @@ process; a memory file system leaves the disk out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -107,8 +108,17 @@ def _ours(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
     def save() -> None:
         manager.save(1, _fragments(state), {}, {})
 
+    over = CheckpointManager(str(folder / "over"), keep_last=1, reuse=True)
+    steps = itertools.count(1)
+    for step in (next(steps), next(steps)):  # the next save finds the files of the first
+        over.save(step, _fragments(state), {}, {})
+
+    def save_over() -> None:
+        over.save(next(steps), _fragments(state), {}, {})
+
     return {
         "ours save": save,
+        "ours save, reuse_files": save_over,
         "ours verify and load": load,
     }
 
@@ -125,33 +135,60 @@ def _dcp(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
 
 
 def _stall(state: Any, folder: Path, rounds: int) -> None:
-    """How long the step waits: asynchronous against synchronous, by clock and by processor time."""
+    """How long the step would wait if its update came at once: for the whole copy.
+
+    `--steps` shows what is left of that when a forward and backward pass comes first.
+    """
     fragments = _fragments(state)
     blocking, whole = [], []
     manager = CheckpointManager(str(folder / "async"), asynchronous=True)
     other = CheckpointManager(str(folder / "sync"))
     for number in range(rounds + 1):
-        blocking.append(_timed(lambda n=number: manager.save(n, fragments, {}, {}), thread=True))  # type: ignore[misc]
+        blocking.append(_timed(partial(_save_and_wait, manager, number, fragments)))
         manager.finish()
-        whole.append(_timed(lambda n=number: other.save(n, fragments, {}, {}), thread=True))  # type: ignore[misc]
+        whole.append(_timed(partial(other.save, number, fragments, {}, {})))
         shutil.rmtree(folder / "async")
         shutil.rmtree(folder / "sync")
-    for index, clock in enumerate(("processor time", "wall")):
-        waits, saves = (
-            statistics.median(row[index] for row in rows[1:]) for rows in (blocking, whole)
-        )
-        print(f"blocking part, {clock:14} {waits:6.3f} s of {saves:6.3f} s: {waits / saves:6.3f}")
+    waits, saves = (statistics.median(wall for _, wall in rows[1:]) for rows in (blocking, whole))
+    print(f"copy, if nothing is beside it {waits:6.3f} s of {saves:6.3f} s: {waits / saves:6.3f}")
+
+
+def _save_and_wait(manager: CheckpointManager, step: int, fragments: list[Fragment]) -> None:
+    manager.save(step, fragments, {}, {})
+    manager.wait_until_copied()
 
 
 def _steps_during_saves(config: str, folder: Path) -> None:
-    """Step times of two processes that save at every 8th step: beside a save, and between saves."""
-    command = [sys.executable, "-m", "megascale", "train", config, "--nproc", "2"]
-    command += [f"run.output_dir={folder}", "checkpoint.async_save=true", "checkpoint.keep_last=2"]
-    command += ["checkpoint.save_interval=8"]
+    """Two processes that save at every 8th step: how long they stand still, and their steps."""
+    stood = {}
+    for setting in ("false", "true"):
+        rows = _trained(config, folder, f"checkpoint.async_save={setting}")
+        waits = [row["checkpoint_s"] for row in rows if row["step"] > 8 and row["step"] % 8 == 1]
+        stood[setting] = statistics.median(waits)
+        least, most = 1e3 * min(waits), 1e3 * max(waits)
+        print(
+            f"async_save={setting}: training stood still for {1e3 * stood[setting]:.1f} ms a save"
+        )
+        print(f"    (median of {len(waits)}, from {least:.1f} to {most:.1f})")
+        _beside_and_between([row["step_time_s"] for row in rows])
+    print(f"blocking part of a synchronous save: {stood['true'] / stood['false']:.3f}")
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    times = [json.loads(line)["step_time_s"] for line in lines]
+
+
+def _trained(config: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The metrics of a run of two processes."""
+    command = [sys.executable, "-m", "megascale", "train", config, "--nproc", "2"]
+    command += [f"run.output_dir={folder}", "checkpoint.save_interval=8", "checkpoint.keep_last=2"]
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _beside_and_between(times: list[float]) -> None:
+    """Print the steps right after a save against those between saves.
+
+    Without async_save nothing goes on then: what differs there is no cost of it.
+    """
     after = {
         part: [t for s, t in enumerate(times, 1) if s > 8 and s % 8 == part] for part in range(8)
     }
@@ -160,7 +197,6 @@ def _steps_during_saves(config: str, folder: Path) -> None:
     for part, rows in after.items():
         print(f"step {part} after a save: median {statistics.median(rows):.4f} s of {len(rows)}")
     print(f"slower beside a save (steps 1, 2 against 4 to 7): {100 * (beside / between - 1):.1f} %")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _disk(megabytes: int) -> None:
@@ -190,12 +226,11 @@ def _raw(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
     return {"raw write": save}
 
 
-def _timed(work: Callable[[], Any], thread: bool = False) -> tuple[float, float]:
-    """(CPU seconds, wall seconds) of `work`, of the whole process or of this thread alone."""
-    who = resource.RUSAGE_THREAD if thread else resource.RUSAGE_SELF
-    before, started = resource.getrusage(who), time.perf_counter()
+def _timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """(CPU seconds, wall seconds) of `work`."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     work()
-    after = resource.getrusage(who)
+    after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return cpu, time.perf_counter() - started
 

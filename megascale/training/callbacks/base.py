@@ -21,6 +21,9 @@ class Callback:
     def on_fit_start(self, trainer: Trainer) -> None:
         """Once, after a resume, before the first step."""
 
+    def before_update(self, trainer: Trainer) -> None:
+        """After the backward pass of each step, before weights and optimizer state change."""
+
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """After each optimizer step."""
 

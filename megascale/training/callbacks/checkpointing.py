@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from megascale.checkpoint.manager import CheckpointManager
@@ -71,6 +73,11 @@ class CheckpointCallback(Callback):
         """Of losses and perplexities the smallest is the best, of accuracies the largest."""
         return self._keep_best is not None and self._keep_best.endswith("_accuracy")
 
+    def before_update(self, trainer: Trainer) -> None:
+        """What is being saved beside training must be copied before it changes."""
+        with _stopwatch(trainer):
+            self._manager.wait_until_copied()
+
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Every `interval` steps, where the validation was the best so far, and on request.
 
@@ -122,14 +129,24 @@ class CheckpointCallback(Callback):
         step = trainer.state.step
         owned = _fragments(trainer, replicas=False)
         held = _fragments(trainer, replicas=True)
-        path = self._manager.save(
-            step, owned, state, self._attachments, keep=self._best_step, replicas=held
-        )
+        over = " over a removed one" if self._manager.writes_over() else ""
+        with _stopwatch(trainer):
+            path = self._manager.save(
+                step, owned, state, self._attachments, keep=self._best_step, replicas=held
+            )
         self._saved_step = step
         if self._requests is not None:
             self._requests.saved()
         how = "is being saved" if self._manager.is_busy() else "saved"
-        trainer.say(f"checkpoint of step {step} {how} to {path}")
+        trainer.say(f"checkpoint of step {step}{over} {how} to {path}")
+
+
+@contextmanager
+def _stopwatch(trainer: Trainer) -> Iterator[None]:
+    """Count the time within as time that training stood still."""
+    started = time.perf_counter()
+    yield
+    trainer.checkpoint_s += time.perf_counter() - started
 
 
 def _fragments(trainer: Trainer, replicas: bool) -> Iterator[Fragment]:

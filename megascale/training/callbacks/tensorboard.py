@@ -20,6 +20,7 @@ _TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "memory_bytes": "memory/bytes",
+    "checkpoint_s": "speed/checkpoint_s",
 }
 
 
