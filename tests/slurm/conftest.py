@@ -76,11 +76,11 @@ class Finder(importlib.abc.MetaPathFinder):
             execute(module)
             right = module.train_step
 
-            def train_step(parts, state):
+            def train_step(parts, state, *more):
                 if RANK != "none":
                     gate(state.step)
                 plant(state.step)
-                return right(parts, state)
+                return right(parts, state, *more)
 
             module.train_step = train_step
 

@@ -77,9 +77,10 @@ def test_preemption(bed: TestBed, undisturbed: Numbers) -> None:
 def test_a_cut_cable(
     bed: TestBed, undisturbed: Numbers, record_property: Callable[[str, object], None]
 ) -> None:
-    """The controller is restarted under a run, then a machine's network ends: it goes on elsewhere.
+    """The controller is restarted under a run, then the head machine's network ends.
 
-    What is lost is what came after the newest checkpoint, one interval at most.
+    The run goes on elsewhere, though rank 0 and the batch script live on and hold the folder. What
+    is lost is what came after the newest checkpoint, one interval at most.
     """
     cluster = bed.cluster
     gates = {2: bed.folder / "restarted", 5: bed.folder / "cut"}
@@ -89,13 +90,14 @@ def test_a_cut_cable(
     cluster.start_controller()
     gates[2].touch()
     bed.at_step("cable", 5)
-    cluster.unplug("node2")
+    cluster.unplug("node1")
     gone = cluster.lost(job, record_property)
     gates[5].touch()
     bed.finish("cable", job)
+    assert "is taken over from node1" in bed.log("cable")
     first, second = bed.attempts("cable")
     assert first.begin.nodes == "node[1-2]"
-    assert second.begin.nodes == "node[1,3]"
+    assert second.begin.nodes == "node[2-3]"
     _check_continued(bed, "cable", gone, record_property)
     assert bed.numbers("cable") == undisturbed
 
