@@ -43,11 +43,13 @@ def _train(config: Config, resume: bool) -> None:
 
     from megascale.launcher.attempt import write_outcome, write_started
     from megascale.launcher.environment import process_info
-    from megascale.training.assemble import assemble
-    from megascale.training.callbacks.save_requests import STOPPING_WAYS
 
     with distributed_process(config.run.device, config.parallel.collective_timeout_s) as device:
         compare_machines(config, process_info().rank)
+        # costs seconds: machines that differ are told before it
+        from megascale.training.assemble import assemble
+        from megascale.training.callbacks.save_requests import STOPPING_WAYS
+
         run = assemble(config, device, resume=resume, console=Console())
         trainer, mesh = run.trainer, run.trainer.parts.mesh
         if mesh.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,13 @@ class TestBed:
         """Everything that the jobs of a run printed."""
         paths = sorted((self.output(name) / "logs").glob("slurm_*.out"))
         return "\n".join(path.read_text(errors="replace") for path in paths)
+
+    def machines(self, name: str) -> list[list[str]]:
+        """The machines of each attempt at a run."""
+        found = re.findall(
+            r"^megascale: \S+ \S+ attempt \d+ of \S+ on (\S+)$", self.log(name), re.M
+        )
+        return [names.split(",") for names in found]
 
     def attempts(self, name: str) -> list[Attempt]:
         """The attempts at a run."""
