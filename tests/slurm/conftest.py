@@ -222,10 +222,8 @@ class TestBed:
 
     def machines(self, name: str) -> list[list[str]]:
         """The machines of each attempt at a run."""
-        found = re.findall(
-            r"^megascale: \S+ \S+ attempt \d+ of \S+ on (\S+)$", self.log(name), re.M
-        )
-        return [names.split(",") for names in found]
+        begins = r"^megascale: \S+ \S+ attempt \d+ of \S+ on (\S+)$"
+        return [names.split(",") for names in re.findall(begins, self.log(name), re.M)]
 
     def attempts(self, name: str) -> list[Attempt]:
         """The attempts at a run."""
