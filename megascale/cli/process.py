@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from megascale.launcher.environment import ProcessInfo, is_launched
-from megascale.launcher.failure import describe, launcher_speaks, leave_note
+from megascale.launcher.failure import describe, launcher_speaks, leave_mark, leave_note
 from megascale.launcher.local import launch_local
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def distributed_process(device_name: str, timeout_s: int = 600) -> Iterator[torc
             init_distributed(info, device, timedelta(seconds=timeout_s))
             yield device
             dist.barrier()  # nobody leaves while another rank still needs it
+            leave_mark(info.rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

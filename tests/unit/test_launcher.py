@@ -185,6 +185,16 @@ def test_which_errors_are_anothers() -> None:
     assert not failure.lost_peer(UserError("the loss is nan"))
 
 
+def test_ranks_that_tidy_up_slowly_have_not_failed(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were at the end of the run together; on a busy machine the last leaves much later."""
+    monkeypatch.setattr(local, "_EARLY_END_S", 0.3)
+    mark = 'touch "$MEGASCALE_FAILURE_DIR/rank_0000$RANK.ended"'
+    assert launch_local([f'{mark}; [ "$RANK" = 0 ] || sleep 1'], 2, scripts) == 0
+    assert launch_local(['[ "$RANK" = 0 ] || sleep 5'], 2, scripts) == 1  # the marks are gone
+
+
 def test_a_rank_that_ends_early_ends_the_others(
     scripts: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
