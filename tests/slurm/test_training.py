@@ -115,7 +115,7 @@ def test_two_machines_of_which_one_loses_its_power(
     bed.cluster.power_off("node2")
     gone = bed.cluster.lost(job, record_property)
     gates[5].touch()
-    assert bed.cluster.job(job)["JobState"] == "PENDING"
+    bed.cluster.wait_for(job, lambda seen: seen.get("JobState") == "PENDING")
     bed.cluster.power_on("node2")
     bed.finish("power", job)
     _check_continued(bed, "power", gone, record_property)
