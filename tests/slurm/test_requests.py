@@ -15,7 +15,7 @@ Numbers = list[tuple[float, ...]]
 
 REFUSED: list[tuple[tuple[object, ...], dict[str, object], str]] = [
     (("--nodes", 2, "--partition", "nowhere"), {}, "main, one, spare"),
-    (("--nodes", 6), {}, "it has 4 nodes"),
+    (("--nodes", 6), {"train__global_batch_size": 12}, "it has 4 nodes"),
     (("--nodes", 2, "--partition", "one"), {}, "it has 1 nodes"),
     (("--nodes", 2, "--time", "9:00:00", "--partition", "spare"), {}, "01:00:00"),
     (("--nodes", 2, "--time", "0:30"), {}, "--lead 120"),
