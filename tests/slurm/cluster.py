@@ -96,7 +96,9 @@ SlurmdTimeout={lost_s}
 BatchStartTimeout=10
 MessageTimeout=5
 TCPTimeout=2
-KillWait=15
+KillWait=5
+# jobs that are over are asked for much later
+MinJobAge=86400
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {gres}
