@@ -15,7 +15,7 @@ Numbers = list[tuple[float, ...]]
 
 REFUSED: list[tuple[tuple[object, ...], dict[str, object], str]] = [
     (("--nodes", 2, "--partition", "nowhere"), {}, "main, one, spare"),
-    (("--nodes", 6), {"train__global_batch_size": 12}, "it has 4 nodes"),
+    (("--nodes", 6), {"train__global_batch_size": 12}, "it has 4 nodes\n"),
     (("--nodes", 2, "--partition", "one"), {}, "it has 1 nodes"),
     (("--nodes", 2, "--time", "9:00:00", "--partition", "spare"), {}, "01:00:00"),
     (("--nodes", 2, "--time", "0:30"), {}, "--lead 120"),
@@ -30,20 +30,21 @@ REFUSED: list[tuple[tuple[object, ...], dict[str, object], str]] = [
 
 @pytest.fixture(scope="module")
 def answers(_bed: TestBed) -> list[tuple[int, str]]:
-    """What `submit` answers to each of REFUSED."""
-    lines = []
+    """What `submit` answers to each of REFUSED, and the doctor when asked for too much."""
+    lines: list[list[object]] = []
     for number, (options, changes, _) in enumerate(REFUSED):
         lines.append(["submit", _bed.config(f"refused_{number}", **changes), *options])
+    lines.append(["doctor", "--cluster", "--nodes", 9])
     told = _bed.many(lines)
     assert not _bed.cluster.run("squeue", "-h").stdout
     return told
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)))
+@pytest.mark.parametrize("number", range(len(REFUSED) + 1))
 def test_refused_before_it_is_queued(answers: list[tuple[int, str]], number: int) -> None:
     code, text = answers[number]
-    options, _, told = REFUSED[number]
-    assert told in text, (options, text)
+    *_, told = [*REFUSED, ("it has 4 nodes\n",)][number]
+    assert told in text
     assert code == 2
     assert "remedy" in text or "hint" in text
     assert "Traceback" not in text
