@@ -21,6 +21,7 @@ from megascale.launcher.ends import KINDS, REQUEUE_CODE, classify
 from megascale.launcher.failure import Failure, describe, kind_of
 from megascale.resilience import signals
 from megascale.resilience.signals import SaveSignals
+from tests.integration.runs import call
 
 FINISHED = {"kind": "finished", "step": 9, "reason": ""}
 LOST = Failure(0, 5.0, "RuntimeError: [gloo] Connection closed by peer", True, "lost peer", "a1")
@@ -275,3 +276,15 @@ def test_a_run_whose_folder_was_taken_over_ends(
     manager.close()
     later.require_held()
     later.release()
+
+
+def test_why_of_an_attempt_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Slurm, from the folder: a batch script that was killed writes no end."""
+    monkeypatch.setenv("PATH", "")
+    opened = _begin(tmp_path)
+    assert isinstance(opened, attempt.Attempt)
+    assert "The machine that ran the batch script ended" in call("jobs", "why", tmp_path).stdout
+    (opened.folder / "outcome.json").write_text(json.dumps(_stopped("SIGTERM")))
+    assert "It ended after it had saved at step 4." in call("jobs", "why", tmp_path).stdout
