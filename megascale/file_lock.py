@@ -59,12 +59,19 @@ class FileLock:
             stream.close()
             raise self._refuse(holder) from error
 
+    def was_taken_over(self) -> bool:
+        """Whether there is another file at the path: this one was removed, and somebody came."""
+        if self._stream is None or not self._path.exists():
+            return False
+        return not _is_same_file(self._stream, self._path)
+
     def release(self) -> None:
         """Give the path free; more than once does nothing."""
         if self._stream is None:
             return
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        if not self.was_taken_over():
+            with contextlib.suppress(OSError):
+                self._path.unlink()
         self._stream.close()
         self._stream = None
 

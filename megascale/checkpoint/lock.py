@@ -30,6 +30,23 @@ class RunLock:
         with explain_write_errors(str(path)):
             self._lock = FileLock(path, lambda holder: _taken(path.parent, holder, setting))
 
+    def was_taken_over(self) -> bool:
+        """Whether the folder is a later attempt's: this one is lost, and must write no more."""
+        return self._lock.was_taken_over()
+
+    def require_held(self) -> None:
+        """Refuse to go on in a folder that is another attempt's by now.
+
+        Raises:
+            UserError: it is.
+        """
+        if self.was_taken_over():
+            raise UserError(
+                f"a later attempt at this run has taken {self.folder} over",
+                rule="Slurm took this machine for lost and started the run elsewhere",
+                remedy="nothing needs to be done: the later attempt goes on",
+            )
+
     def release(self) -> None:
         """Give the folder free; more than once does nothing."""
         self._lock.release()

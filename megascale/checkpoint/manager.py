@@ -255,16 +255,19 @@ class CheckpointManager(CheckpointFolder):
         return self._reuse and self.storage.exists(SPARE_NAME)
 
     def has_failed(self) -> bool:
-        """Whether this rank's save in the background has failed; `finish` tells why."""
-        return self._task.failed()
+        """Whether this rank can save no more, or did not; `finish` tells why."""
+        return self._task.failed() or any(lock.was_taken_over() for lock in self._locks)
 
     def finish(self) -> None:
         """Wait until nothing is being saved in the background.
 
         Raises:
-            UserError: the save failed; told once. The checkpoints before it are untouched.
+            UserError: the save failed; told once. The checkpoints before it are untouched. Or
+                the folder is another attempt's by now.
         """
         self._task.wait()
+        for lock in self._locks:
+            lock.require_held()
 
     def _write(self, content: Content, keep: list[int]) -> None:
         if self._staging is not None:

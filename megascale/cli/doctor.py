@@ -14,10 +14,11 @@ from megascale.cli.config import all_checks
 from megascale.cli.process import distributed_process
 from megascale.config.load import load_config
 from megascale.config.schema import Config
-from megascale.errors import UserError
 from megascale.launcher.attempt import add_bad_nodes, write_json
 from megascale.launcher.environment import process_info, world_size_of
 from megascale.launcher.preflight import Facts, Finding, compare, gather_facts
+from megascale.launcher.slurm_client import Slurm
+from megascale.launcher.submission import Request, check_request
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -52,6 +53,7 @@ def doctor(
     numbers along each axis of CONFIG's layout; with --cluster it starts that by srun.
     """
     if cluster:
+        check_request(Request(nodes, ntasks_per_node, 1, partition=partition), Slurm())
         raise typer.Exit(_on_cluster(nodes, ntasks_per_node, partition))
     checked = None
     if config is not None:
@@ -78,17 +80,9 @@ def _on_cluster(nodes: int, tasks: int, partition: str | None) -> int:
             next(words, None)
     where = [f"--partition={partition}"] if partition else []
     command = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *where]
-    try:
-        return subprocess.run(
-            [*command, "--kill-on-bad-exit=1", sys.executable, "-m", "megascale", *rest],
-            check=False,
-        ).returncode
-    except FileNotFoundError as error:
-        raise UserError(
-            "there is no srun here",
-            rule="--cluster starts the checks by srun",
-            remedy="run it on a login node, or leave --cluster out to look at this machine",
-        ) from error
+    return subprocess.run(
+        [*command, "--kill-on-bad-exit=1", sys.executable, "-m", "megascale", *rest], check=False
+    ).returncode
 
 
 def _measured_facts(rank: int, output: Path, device_name: str) -> Facts:

@@ -6,9 +6,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,11 +132,18 @@ def why(run: Run) -> None:
         typer.echo(f"{KINDS[last.end.kind].meaning}\n{last.end.text}")
     else:
         state = next((job.state for job in ours if job.number == last.begin.job), "")
-        typer.echo(_cut_off(state))
+        typer.echo(_cut_off(state, read_json(last.folder / "outcome.json")))
 
 
-def _cut_off(state: str) -> str:
-    """Why an attempt may have ended without a word, from the state that Slurm gives its job."""
+def _cut_off(state: str, outcome: Mapping[str, Any] | None) -> str:
+    """Why an attempt may have ended without a word, from the state that Slurm gives its job.
+
+    Args:
+        outcome: what rank 0 wrote at a good end; None: nothing.
+    """
+    if outcome is not None:
+        how = "was cancelled" if state == "CANCELLED" else "ended"
+        return f"It {how} after it had saved at step {outcome['step']}."
     if state == "TIMEOUT":
         return "Its time was over before it had saved: a longer --lead gives it more."
     if state == "CANCELLED":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from megascale.launcher.environment import ProcessInfo, is_launched
-from megascale.launcher.failure import describe, launcher_speaks, leave_note
+from megascale.launcher.failure import describe, launcher_speaks, leave_mark, leave_note
 from megascale.launcher.local import launch_local
 
 if TYPE_CHECKING:
@@ -37,6 +38,21 @@ def launch_ranks(nproc: int | None, log_dir: Path) -> bool:
     if code:
         raise typer.Exit(code)
     return True
+
+
+@contextmanager
+def collector_paused() -> Iterator[Callable[[], None]]:
+    """Without Python's cyclic collector, until the end or the call of what it yields.
+
+    Importing torch makes 500,000 objects that all live on. Looking among them for garbage took
+    0.4 to 1.7 of 3.7 to 4.8 s of CPU time.
+    """
+    go_on = gc.enable if gc.isenabled() else lambda: None
+    gc.disable()
+    try:
+        yield go_on
+    finally:
+        go_on()
 
 
 @contextmanager
@@ -63,6 +79,7 @@ def distributed_process(device_name: str, timeout_s: int = 600) -> Iterator[torc
             init_distributed(info, device, timedelta(seconds=timeout_s))
             yield device
             dist.barrier()  # nobody leaves while another rank still needs it
+            leave_mark(info.rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megascale.cli.config import ConfigFile, Overrides, all_checks
-from megascale.cli.process import distributed_process, launch_ranks
+from megascale.cli.process import collector_paused, distributed_process, launch_ranks
 from megascale.config.load import load_config
 from megascale.config.schema import Config
 from megascale.errors import NodeError, UserError
@@ -43,11 +43,17 @@ def _train(config: Config, resume: bool) -> None:
 
     from megascale.launcher.attempt import write_outcome, write_started
     from megascale.launcher.environment import process_info
-    from megascale.training.assemble import assemble
-    from megascale.training.callbacks.save_requests import STOPPING_WAYS
 
-    with distributed_process(config.run.device, config.parallel.collective_timeout_s) as device:
+    with (
+        collector_paused() as all_is_imported,
+        distributed_process(config.run.device, config.parallel.collective_timeout_s) as device,
+    ):
         compare_machines(config, process_info().rank)
+        # costs seconds: machines that differ are told before it
+        from megascale.training.assemble import assemble
+        from megascale.training.callbacks.save_requests import STOPPING_WAYS
+
+        all_is_imported()
         run = assemble(config, device, resume=resume, console=Console())
         trainer, mesh = run.trainer, run.trainer.parts.mesh
         if mesh.is_main:

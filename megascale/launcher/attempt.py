@@ -283,7 +283,7 @@ def _begin(asked: argparse.Namespace) -> int:
         log=asked.log,
         log_start=size,
     )
-    _wait_for_folder(asked.run)
+    _wait_for_folder(asked.run, now)
     folder, over = begin(asked.run, now, asked.most_attempts)
     if over is not None:
         kind = KINDS[over.kind]
@@ -364,22 +364,49 @@ def add_bad_nodes(run: Path, names: Sequence[str]) -> None:
         (run / BAD_NODES).write_text("\n".join([*known, *new]) + "\n")
 
 
-def _wait_for_folder(run: Path, wait_s: float = LOCK_WAIT_S) -> None:
-    """Wait for ranks of an earlier attempt that still hold the run's folder on a lost machine."""
+def _wait_for_folder(run: Path, now: Begin, wait_s: float = LOCK_WAIT_S) -> None:
+    """Wait for the end of an earlier attempt's ranks that still hold the run's folder.
+
+    A rank behind a cut cable may live on, and so may its lock. Slurm starts an attempt only when
+    the one before is over, so such a lock is taken away: its holder sees that, and writes no more.
+    """
     deadline = time.monotonic() + wait_s
     told = False
     path = run / ".run.lock"
     while path.exists():
         try:
-            FileLock(path, lambda holder: UserError(f"{run} is held by {holder}")).release()
+            FileLock(path, lambda holder: _held(run, holder)).release()
             return
         except UserError as error:
-            if time.monotonic() > deadline:
-                return  # the ranks will say so
+            holder = (read_json(path) or {}).get("host", "")
+            if holder and _is_lost(holder, run, now):
+                path.unlink(missing_ok=True)
+                print(f"megascale: {run} is taken over from {holder}", file=sys.stderr, flush=True)
+                return
             if not told:
                 print(f"megascale: waiting, {error}", file=sys.stderr, flush=True)
                 told = True
+            if time.monotonic() > deadline:
+                return  # the ranks will say so
         time.sleep(1)
+
+
+def _held(run: Path, holder: str) -> UserError:
+    return UserError(
+        f"{run} is held by {holder}",
+        rule="one attempt at a time writes a run's folder",
+        remedy="it is waited for; end that process if it is none of this run's",
+    )
+
+
+def _is_lost(host: str, run: Path, now: Begin) -> bool:
+    """Whether a machine was an earlier attempt's of the same submission, and is not this one's."""
+
+    def has_it(nodes: str) -> bool:
+        return host.split(".")[0] in [name.split(".")[0] for name in host_names(nodes)]
+
+    earlier = [a.begin.nodes for a in attempts(run) if a.begin.submission == now.submission]
+    return any(map(has_it, earlier)) and not has_it(now.nodes)
 
 
 if __name__ == "__main__":

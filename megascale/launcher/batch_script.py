@@ -134,6 +134,11 @@ esac
 
 asked() { echo "$1" >"$MEGASCALE_ATTEMPT_DIR/asked"; }
 
+is_last() { # a machine that was cut off may be back when the job runs elsewhere
+  local all=("${MEGASCALE_ATTEMPT_DIR%/*}"/[0-9]*)
+  [[ ${all[-1]} == "$MEGASCALE_ATTEMPT_DIR" ]]
+}
+
 at_limit() { # a trigger file reaches ranks in containers and under torchrun too
   asked "time limit"
   echo "by the batch script: time limit" >"$run/STOP"
@@ -177,6 +182,7 @@ if ((!requeue_at_limit)) && [[ -e $MEGASCALE_ATTEMPT_DIR/outcome.json ]]; then
   exit 0 # the next job of the chain goes on
 fi
 for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
+  is_last || exit 0
   # its own TERM may end the command before it has told of its success
   scontrol requeue "$SLURM_JOB_ID" || ((term)) && break
   sleep "$pause"

@@ -95,10 +95,23 @@ def leave_note(failure: Failure) -> None:
         partial.replace(path)
 
 
+def leave_mark(rank: int) -> None:
+    """Tell `launch_local` that all ranks have come to the end together, and only tidy up now."""
+    folder = os.environ.get(FAILURE_DIR)
+    if folder:
+        _mark(Path(folder), rank).touch()
+
+
+def has_mark(folder: Path, rank: int) -> bool:
+    """Whether this rank has been at the end with all others."""
+    return _mark(folder, rank).exists()
+
+
 def clear_notes(folder: Path, nproc: int) -> None:
-    """Remove the notes of an earlier run in the same folder."""
+    """Remove the notes and marks of an earlier run in the same folder."""
     for rank in range(nproc):
         _path(folder, rank).unlink(missing_ok=True)
+        _mark(folder, rank).unlink(missing_ok=True)
 
 
 def read_notes(folder: Path, nproc: int | None = None) -> dict[int, Failure]:
@@ -127,6 +140,10 @@ def blamed(codes: Sequence[int | None], notes: Mapping[int, Failure]) -> int:
         return (1 if code < 0 else 2 if code else 3), 0.0, rank
 
     return min(range(len(codes)), key=order)
+
+
+def _mark(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.ended"
 
 
 def _path(folder: Path, rank: int) -> Path:

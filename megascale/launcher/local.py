@@ -17,13 +17,14 @@ from typing import IO
 
 from megascale.errors import UserError
 from megascale.launcher.environment import FAILURE_DIR, LISTEN_FD
-from megascale.launcher.failure import Failure, blamed, clear_notes, read_notes
+from megascale.launcher.failure import Failure, blamed, clear_notes, has_mark, read_notes
 
 _POLL_S = 0.05
 _GRACE_S = 10.0  # from a signal to the next, stronger one
 _END_S = 3.0  # the same when the run has failed: there is nothing to save
 _NOTE_S = 5.0  # for a rank to end after it has noted its failure
-_EARLY_END_S = 10.0  # for the others to end after a rank has ended well
+_EARLY_END_S = 10.0  # for the others to end after a rank has left them
+_TIDY_S = 120.0  # for the others to end when all were at the end: a busy machine takes its time
 _CAUSE_S = 1.0  # for the cause to be seen after its first consequence
 _STACK_S = 0.5  # for a silent rank to write where it is
 _TAIL_LINES = 60
@@ -95,9 +96,11 @@ def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> bool:
     """Wait for all ranks; returns at once when one has failed, and whether one has.
 
     A rank that left a note of its failure but does not end counts after some seconds, and so does
-    one that ended well while others go on: these wait for it in vain.
+    one that ended well while others go on: these wait for it in vain, unless all have been at the
+    end together.
     """
     first_end: float | None = None
+    patience_s = _EARLY_END_S
     while True:
         codes = [process.poll() for process in ranks]
         if any(codes):
@@ -109,7 +112,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> bool:
             return True
         if first_end is None and 0 in codes:
             first_end = time.monotonic()
-        if first_end is not None and time.monotonic() - first_end > _EARLY_END_S:
+            patience_s = _TIDY_S if has_mark(log_dir, codes.index(0)) else _EARLY_END_S
+        if first_end is not None and time.monotonic() - first_end > patience_s:
             return True
         time.sleep(_POLL_S)
 

@@ -67,8 +67,12 @@ class Slurm:
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
 
-    def call(self, *command: str) -> str:
+    def call(self, *command: str, errors_in: Callable[[str], str] = lambda text: "") -> str:
         """Run a command until the controller answers; returns what it printed.
+
+        Args:
+            errors_in: finds in its output why it could not ask; "" if it could. For a command whose
+                exit code is 0 all the same.
 
         Raises:
             UserError: there is no such program, it refuses, or the controller stays away.
@@ -89,21 +93,22 @@ class Slurm:
                 check=False,
                 timeout=_COMMAND_S,
             )
-            if done.returncode == 0:
+            problem = done.stderr.strip() if done.returncode else errors_in(done.stdout)
+            if done.returncode == 0 and not problem:
                 return done.stdout
-            if not _AWAY.search(done.stderr):
+            if done.returncode and not _AWAY.search(problem):
                 break
             if pause is not None:
                 self._sleep(pause)
         raise UserError(
-            f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}",
+            f"{command[0]}: {problem or f'exit code {done.returncode}'}",
             rule=f"asked was: {' '.join(command)}",
             remedy="if the controller is away, try again later; else correct the request",
         )
 
     def jobs(self) -> list[Job]:
         """All jobs that the controller remembers, newest last."""
-        found = json.loads(self.call("squeue", "--json"))["jobs"]
+        found = json.loads(self.call("squeue", "--json", errors_in=_json_errors))["jobs"]
         return sorted((_job(entry) for entry in found), key=lambda job: int(job.number))
 
     def partitions(self) -> dict[str, Mapping[str, str]]:
@@ -134,6 +139,12 @@ def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name in _KEPT or not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))
     }
+
+
+def _json_errors(text: str) -> str:
+    """What squeue says went wrong: without a controller it lists no job, and its exit code is 0."""
+    errors = json.loads(text).get("errors") or []
+    return "; ".join(f"{e.get('source', '')}: {e.get('description', '')}" for e in errors)
 
 
 def _job(entry: Mapping[str, Any]) -> Job:

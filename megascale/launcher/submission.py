@@ -71,7 +71,8 @@ def check_request(request: Request, slurm: Slurm) -> None:
         largest = min(len(nodes), int(most) if most.isdecimal() else len(nodes))
         raise UserError(
             f"{asked} in partition {partition}",
-            rule=f"it has {len(nodes)} nodes, and a job may take {most.lower()} of them",
+            rule=f"it has {len(nodes)} nodes"
+            + (f", and a job may take {most} of them" if most.isdecimal() else ""),
             remedy=f"ask for at most {largest}, or for another partition",
         )
     cpus = request.tasks_per_node * request.cpus_per_task

@@ -96,7 +96,9 @@ SlurmdTimeout={lost_s}
 BatchStartTimeout=10
 MessageTimeout=5
 TCPTimeout=2
-KillWait=15
+KillWait=5
+# jobs that are over are asked for much later
+MinJobAge=86400
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {gres}
@@ -139,18 +141,23 @@ class Cluster:
         return kept
 
     def run(
-        self, *command: object, node: str = "head", check: bool = True, **environment: str
+        self,
+        *command: object,
+        node: str = "head",
+        check: bool = True,
+        input: str = "",
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the head, or on a node outside of any job."""
         enter = ["nsenter", "-t", str(self._pid(node)), "-n", "-u", "-m", "-i", "-p"]
         done = subprocess.run(
             [*enter, f"--wdns={os.getcwd()}", "--", *map(str, command)],
             env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
+            input=input,
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
         if check and done.returncode:
             raise AssertionError(f"{command} on {node}: {done.returncode}\n{done.stderr}")
@@ -184,6 +191,13 @@ class Cluster:
 
         wait_until(look, timeout_s, lambda: f"job {number}, which is {seen}")
         return seen
+
+    def lost(self, number: str, record_property: Callable[[str, object], None]) -> float:
+        """Wait until Slurm has noticed that a machine of a job is gone; when it had, epoch s."""
+        cut = time.time()
+        self.wait_for(number, lambda job: job.get("Restarts") == "1", 12 * NODE_LOST_S)
+        record_property("detection_s", time.time() - cut)
+        return time.time()
 
     # Faults -----------------------------------------------------------------------------------
 
@@ -312,7 +326,10 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if absent:
         return f"no {', '.join(absent)}: apt-get install {PACKAGES} util-linux"
-    return ""
+    spaces = ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork"]
+    probe = "mount -t tmpfs tmpfs /dev/shm && ip link add bridge type bridge"
+    done = subprocess.run([*spaces, "sh", "-c", probe], capture_output=True, text=True, check=False)
+    return f"no namespaces or bridges: {done.stderr.strip()}" if done.returncode else ""
 
 
 def wait_until(

@@ -1,13 +1,16 @@
-"""One cluster for all tests of this folder, repaired after each, and small runs on it."""
+"""Two clusters for all tests of this folder, repaired after each, and small runs on them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,47 @@ from tests.integration.runs import ROOT, metrics, settings, write_config
 from tests.slurm.cluster import Cluster, missing, wait_until
 
 REQUIRED = "MEGASCALE_REQUIRE_SLURM"
-"""Set it to run these tests; they fail then where there can be no cluster.
+"""Where it is set, as .ci/run does, these tests fail if there can be no cluster; else they skip."""
 
-Open (issue 8): they run on request only until they pass on a calm machine within their budget; then
-.ci/run sets it."""
-
-# Slows steps down, so that faults find the run at work, and ends chosen processes. The product
-# knows nothing of it: Python imports this module by itself when it starts.
+# Holds a run at a step until something has happened, so that faults find it at work however fast
+# or slow the machine is, and plants what goes wrong in chosen processes. The product knows nothing
+# of it: Python imports this module by itself when it starts.
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, os, signal, sys, time
 
 NAME = "megascale.training.trainer"
+RANK = os.environ.get("SLURM_PROCID", "none")
+FIRST = "SLURM_RESTART_COUNT" not in os.environ  # the job's first start
+had = set()  # signals
+set_handler = signal.signal
+
+
+def handle(number, handler):
+    def remember(*arguments):
+        had.add(signal.Signals(number).name)
+        return handler(*arguments)
+
+    return set_handler(number, remember if callable(handler) else handler)
+
+
+def gate(step):
+    if int(RANK) != int(os.environ["SLURM_STEP_NUM_TASKS"]) - 1:
+        return  # the others wait for the last rank in their collectives
+    for entry in os.environ.get("TEST_GATES", "").split():
+        at, what = entry.split(":")
+        while int(at) == step and not (what in had or os.path.exists(what)):
+            time.sleep(0.05)
+
+
+def plant(step):
+    if os.environ.get("TEST_RAISE") == RANK:
+        raise ValueError("planted in this rank")
+    if os.environ.get("TEST_HANG") == RANK and FIRST and step == 2:
+        time.sleep(600)
+    if os.environ.get("TEST_MEMORY") == RANK and not FIRST:
+        import torch
+
+        torch.empty(1 << 50)
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -45,9 +78,9 @@ class Finder(importlib.abc.MetaPathFinder):
             right = module.train_step
 
             def train_step(parts, state, *more):
-                time.sleep(float(os.environ.get("TEST_STEP_S", "0")))
-                if os.environ.get("TEST_RAISE") == os.environ.get("SLURM_PROCID"):
-                    raise ValueError("planted in this rank")
+                if RANK != "none":
+                    gate(state.step)
+                plant(state.step)
                 return right(parts, state, *more)
 
             module.train_step = train_step
@@ -65,9 +98,29 @@ if os.environ.get("TEST_ODD", "") == os.environ.get("SLURMD_NODENAME"):
     version = metadata.version
     metadata.version = lambda name: "0.1" if name == "numpy" else version(name)
 if "train" in sys.orig_argv:
-    if os.environ.get("TEST_KILL") == os.environ.get("SLURM_PROCID", "none"):
+    if os.environ.get("TEST_KILL") == RANK:
         os.kill(os.getpid(), signal.SIGKILL)
+    if "TEST_GATES" in os.environ:
+        signal.signal = handle
     sys.meta_path.insert(0, Finder())
+"""
+
+# Runs many command lines in one process on the login node: starting Python is what costs.
+_MANY = """
+import contextlib, io, json, sys
+from megascale.cli.main import main
+
+told = []
+for line in json.load(sys.stdin):
+    out = io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main(line)
+        except SystemExit as error:
+            code = int(error.code or 0)
+    told.append((code, out.getvalue()))
+print(json.dumps(told))
 """
 
 
@@ -86,7 +139,7 @@ class TestBed:
         changes = {
             "parallel__tensor_parallel_size": 2,
             "parallel__engine": "torch",
-            "parallel__collective_timeout_s": 60,
+            "parallel__collective_timeout_s": 120,
             "checkpoint__save_interval": 4,
             **changes,
         }
@@ -117,12 +170,40 @@ class TestBed:
         )
         return done.stdout + done.stderr
 
-    def submit(self, config: Path, *options: object, **environment: str) -> list[str]:
-        """Submit a run; the numbers of its jobs."""
+    def many(self, lines: Sequence[Sequence[object]]) -> list[tuple[int, str]]:
+        """Several command lines, one after the other; the exit code and the words of each."""
+        text = json.dumps([[str(word) for word in line] for line in lines])
+        done = self.cluster.run(
+            *(sys.executable, "-c", _MANY), input=text, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1"
+        )
+        return [(code, told) for code, told in json.loads(done.stdout)]
+
+    def submit(
+        self,
+        config: Path,
+        *options: object,
+        gates: Mapping[int, Path | str] | None = None,
+        **environment: str,
+    ) -> list[str]:
+        """Submit a run; the numbers of its jobs.
+
+        Args:
+            gates: after these steps the run waits until a file is there, or a signal came.
+        """
+        if gates:
+            environment["TEST_GATES"] = " ".join(f"{at}:{what}" for at, what in gates.items())
         text = self.megascale("submit", config, *options, **environment)
         return [
             line.split()[2].rstrip(":") for line in text.splitlines() if "submitted job" in line
         ]
+
+    def finish(self, name: str, *jobs: str) -> dict[str, str]:
+        """Wait for jobs that have to end well; what scontrol says of the last one."""
+        state: dict[str, str] = {}
+        for job in jobs:
+            state = self.cluster.wait(job)
+            assert state["JobState"] == "COMPLETED", self.log(name)
+        return state
 
     def at_step(self, name: str, step: int, timeout_s: float = 240) -> None:
         """Wait until a run has done a step."""
@@ -139,6 +220,11 @@ class TestBed:
         paths = sorted((self.output(name) / "logs").glob("slurm_*.out"))
         return "\n".join(path.read_text(errors="replace") for path in paths)
 
+    def machines(self, name: str) -> list[list[str]]:
+        """The machines of each attempt at a run."""
+        begins = r"^megascale: \S+ \S+ attempt \d+ of \S+ on (\S+)$"
+        return [names.split(",") for names in re.findall(begins, self.log(name), re.M)]
+
     def attempts(self, name: str) -> list[Attempt]:
         """The attempts at a run."""
         return attempts(self.output(name))
@@ -153,41 +239,74 @@ class TestBed:
         return [tuple(line[key] for key in names) for line in metrics(self.output(name))]
 
 
-@pytest.fixture(scope="session")
-def _cluster() -> Iterator[Cluster]:
+def _start(num_nodes: int, gpus: int = 0) -> Cluster:
+    """A cluster, or a word why there is none: a failure where it is required, else a skip."""
+    refuse = pytest.fail if os.environ.get(REQUIRED) else pytest.skip
     reason = missing()
-    if not os.environ.get(REQUIRED):
-        pytest.skip(f"on request only: set {REQUIRED}=1 (root, Slurm and some minutes are needed)")
     if reason:
-        pytest.fail(f"{REQUIRED} is set, and there is no cluster: {reason}")
+        refuse(f"no Slurm cluster can be started here: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 107 bytes
-    cluster = Cluster(folder, num_nodes=4, cpus=4, gpus=2)
-    yield cluster
-    cluster.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return Cluster(folder, num_nodes, cpus=4, gpus=gpus)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        refuse(f"the Slurm cluster did not start: {error}")
+        raise
+
+
+@contextmanager
+def _cluster(num_nodes: int, gpus: int = 0) -> Iterator[Cluster]:
+    cluster = _start(num_nodes, gpus)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+def _bed_on(cluster: Cluster, folder: Path, prefix: Path) -> TestBed:
+    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
+    return TestBed(cluster, folder, prefix)
 
 
 @pytest.fixture(scope="session")
-def _bed(
-    _cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, token_prefix: Path
-) -> TestBed:
-    folder = tmp_path_factory.mktemp("bed")
-    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
-    return TestBed(_cluster, folder, token_prefix)
+def _bed(tmp_path_factory: pytest.TempPathFactory, token_prefix: Path) -> Iterator[TestBed]:
+    with _cluster(4, gpus=2) as cluster:
+        yield _bed_on(cluster, tmp_path_factory.mktemp("bed"), token_prefix)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(_bed: TestBed) -> list[tuple[float, ...]]:
     """The numbers of a run of two ranks on two machines that nothing happens to."""
-    (job,) = _bed.submit(_bed.config("undisturbed"), "--nodes", 2, "--time", 30)
-    state = _bed.cluster.wait(job)
-    assert state["JobState"] == "COMPLETED", _bed.log("undisturbed")
-    assert state["NumNodes"] == "2"
+    jobs = _bed.submit(_bed.config("undisturbed"), "--nodes", 2, "--time", 30)
+    assert _bed.finish("undisturbed", *jobs)["NumNodes"] == "2"
     return _bed.numbers("undisturbed")
 
 
 @pytest.fixture
 def bed(_bed: TestBed) -> Iterator[TestBed]:
-    """The cluster with all nodes idle, and again so after the test."""
+    """The cluster of four machines, all idle, and again so after the test."""
     yield _bed
     _bed.cluster.repair()
+
+
+@pytest.fixture(scope="session")
+def two_machines(
+    tmp_path_factory: pytest.TempPathFactory, token_prefix: Path
+) -> Iterator[tuple[TestBed, str]]:
+    """A cluster of two machines, and the number of a job on it whose time is soon over.
+
+    Slurm counts time in minutes: the job waits for the end of its time while other tests run.
+    """
+    with _cluster(2) as cluster:
+        bed = _bed_on(cluster, tmp_path_factory.mktemp("two"), token_prefix)
+        options = ("--nodes", 2, "--time", 3, "--lead", 130)  # asked to save after 20 to 50 s
+        gates = {3: bed.output("limit") / "STOP"}
+        (job,) = bed.submit(bed.config("limit"), *options, gates=gates)
+        yield bed, job
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _early(request: pytest.FixtureRequest) -> None:
+    """Start what takes long before the first test, if any test needs it."""
+    if any("two_machines" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("two_machines")

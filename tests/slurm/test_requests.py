@@ -13,28 +13,41 @@ from tests.slurm.conftest import TestBed
 Numbers = list[tuple[float, ...]]
 
 
-@pytest.mark.parametrize(
-    ("options", "changes", "told"),
-    [
-        (("--nodes", 2, "--partition", "nowhere"), {}, "main, one, spare"),
-        (("--nodes", 5), {}, "it has 4 nodes"),
-        (("--nodes", 2, "--partition", "one"), {}, "it has 1 nodes"),
-        (("--nodes", 2, "--time", "9:00:00", "--partition", "spare"), {}, "01:00:00"),
-        (("--nodes", 1, "--ntasks-per-node", 4, "--cpus-per-task", 2), {}, "largest has 4 cpus"),
-        (("--nodes", 1, "--gpus-per-node", 4), {"run__device": "cuda"}, "2 GPUs"),
-        (("--nodes", 3), {}, "data_parallel_size"),
-        (("--nodes", 2), {"data__path": "/nowhere/data"}, "no dataset /nowhere/data"),
-        (("--nodes", 2), {"run__output_dir": "/proc/run"}, "/proc/run"),
-    ],
-)
-def test_refused(
-    bed: TestBed, options: tuple[object, ...], changes: dict[str, object], told: str
-) -> None:
-    text = bed.megascale("submit", bed.config("refused", **changes), *options, check=False)
+REFUSED: list[tuple[tuple[object, ...], dict[str, object], str]] = [
+    (("--nodes", 2, "--partition", "nowhere"), {}, "main, one, spare"),
+    (("--nodes", 6), {"train__global_batch_size": 12}, "it has 4 nodes\n"),
+    (("--nodes", 2, "--partition", "one"), {}, "it has 1 nodes"),
+    (("--nodes", 2, "--time", "9:00:00", "--partition", "spare"), {}, "01:00:00"),
+    (("--nodes", 2, "--time", "0:30"), {}, "--lead 120"),
+    (("--nodes", 1, "--ntasks-per-node", 4, "--cpus-per-task", 2), {}, "largest has 4 cpus"),
+    (("--nodes", 1, "--gpus-per-node", 4), {"run__device": "cuda"}, "2 GPUs"),
+    (("--nodes", 2), {"run__device": "cuda"}, "--gpus-per-node 1"),
+    (("--nodes", 3), {}, "data_parallel_size"),
+    (("--nodes", 2), {"data__path": "/nowhere/data"}, "no dataset /nowhere/data"),
+    (("--nodes", 2), {"run__output_dir": "/proc/run"}, "/proc/run"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(_bed: TestBed) -> list[tuple[int, str]]:
+    """What `submit` answers to each of REFUSED, and the doctor when asked for too much."""
+    lines: list[list[object]] = []
+    for number, (options, changes, _) in enumerate(REFUSED):
+        lines.append(["submit", _bed.config(f"refused_{number}", **changes), *options])
+    lines.append(["doctor", "--cluster", "--nodes", 9])
+    told = _bed.many(lines)
+    assert not _bed.cluster.run("squeue", "-h").stdout
+    return told
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED) + 1))
+def test_refused_before_it_is_queued(answers: list[tuple[int, str]], number: int) -> None:
+    code, text = answers[number]
+    *_, told = [*REFUSED, ("it has 4 nodes\n",)][number]
     assert told in text
+    assert code == 2
     assert "remedy" in text or "hint" in text
     assert "Traceback" not in text
-    assert not bed.cluster.run("squeue", "-h").stdout
 
 
 def test_a_dry_run_prints_the_script_and_queues_nothing(bed: TestBed) -> None:
@@ -49,31 +62,29 @@ def test_a_dry_run_prints_the_script_and_queues_nothing(bed: TestBed) -> None:
     assert not bed.cluster.run("squeue", "-h").stdout
 
 
-def test_a_controller_that_comes_back_is_waited_for(bed: TestBed) -> None:
+def test_a_controller_that_comes_back_is_waited_for(bed: TestBed, undisturbed: Numbers) -> None:
+    """squeue gives up after 4 s, and lists no job then."""
     bed.cluster.stop_controller()
-    pid = bed.cluster.folder / "slurmctld.pid"
-    pid.unlink()
-    bed.cluster.run("sh", "-c", "(sleep 3; slurmctld -f $SLURM_CONF) >/dev/null 2>&1 &")
-    bed.megascale("jobs", "status")
-    assert pid.exists()  # it answered when the controller was back
+    bed.cluster.run("sh", "-c", "(sleep 7; slurmctld -f $SLURM_CONF) >/dev/null 2>&1 &")
+    assert "  undisturbed  " in bed.megascale("jobs", "status")
 
 
 def test_a_spare_machine_replaces_one_that_does_not_answer(bed: TestBed) -> None:
-    config = bed.config("spare", steps=2)
-    options = ("--nodes", 2, "--over-allocate", 1)
-    (job,) = bed.submit(config, *options, TEST_SILENT="node2")
-    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("spare")
-    assert "node2: did not answer" in bed.log("spare")
-    assert "on node1,node3" in bed.log("spare")
-    assert "machines left out: node2" in bed.megascale("jobs", "status", "spare")
+    config = bed.config("spare", steps=1, parallel__tensor_parallel_size=1)
+    options = ("--nodes", 1, "--over-allocate", 1)
+    (job,) = bed.submit(config, *options, TEST_SILENT="node1")
+    bed.finish("spare", job)
+    assert "node1: did not answer" in bed.log("spare")
+    assert " on node2\n" in bed.log("spare")
+    assert "machines left out: node1" in bed.megascale("jobs", "status", "spare")
 
 
 def test_a_machine_with_another_version_is_left_out_of_the_next_attempt(bed: TestBed) -> None:
     """Three machines, of which one is odd: the job is requeued without it, and trains."""
     changes = {"parallel__tensor_parallel_size": 1, "train__global_batch_size": 6}
-    config = bed.config("odd", steps=2, **changes)
+    config = bed.config("odd", steps=1, **changes)
     (job,) = bed.submit(config, "--nodes", 3, TEST_ODD="node2")
-    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("odd")
+    bed.finish("odd", job)
     assert bed.kinds("odd") == ["bad node", "finished"]
     first, second = bed.attempts("odd")
     assert first.end is not None

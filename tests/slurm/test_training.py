@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from megascale.launcher.attempt import read_json
 from tests.integration.runs import call, metrics
-from tests.slurm.cluster import NODE_LOST_S
 from tests.slurm.conftest import TestBed
 
 Numbers = list[tuple[float, ...]]
-STEP_S = {"TEST_STEP_S": "0.4"}
 
 
 def _start_step(folder: Path) -> int:
@@ -23,9 +21,13 @@ def _start_step(folder: Path) -> int:
     return int(started["step"])
 
 
-def test_matrices_over_machines_are_the_same_training(
-    bed: TestBed, undisturbed: Numbers, tmp_path: Path
-) -> None:
+def _saved_step(folder: Path) -> int:
+    outcome = read_json(folder / "outcome.json")
+    assert outcome is not None
+    return int(outcome["step"])
+
+
+def test_matrices_over_machines_are_the_same_training(bed: TestBed, undisturbed: Numbers) -> None:
     """Two ranks on two nodes, tp=2, against one process here."""
     alone = bed.config("alone", parallel__tensor_parallel_size=1)
     done = call("train", alone)
@@ -35,112 +37,117 @@ def test_matrices_over_machines_are_the_same_training(
 
 
 def test_a_pipeline_over_machines_whose_ranks_share_matrices(
-    bed: TestBed, undisturbed: Numbers
+    bed: TestBed, undisturbed: Numbers, record_property: Callable[[str, object], None]
 ) -> None:
-    """pp=2 over 2 nodes, tp=2 inside; the start-up is timed."""
+    """pp=2 over 2 nodes, tp=2 inside; the start-up is recorded."""
     config = bed.config("pipeline", parallel__pipeline_parallel_size=2)
     (job,) = bed.submit(config, "--nodes", 2, "--ntasks-per-node", 2)
-    state = bed.cluster.wait(job)
-    assert state["JobState"] == "COMPLETED", bed.log("pipeline")
+    bed.finish("pipeline", job)
     for there, here in zip(bed.numbers("pipeline"), undisturbed, strict=True):
         assert there == pytest.approx(here, rel=1e-5)
+    assert bed.kinds("pipeline") == ["finished"]
     (attempt,) = bed.attempts("pipeline")
-    assert attempt.end is not None
-    assert attempt.end.kind == "finished"
     started = read_json(attempt.folder / "started.json")
     assert started is not None
-    print(
-        f"4 ranks began to train {started['time_s'] - attempt.begin.time_s:.1f} s after the batch"
-    )
+    # recorded, not asserted: it depends on what else the machine does
+    record_property("start_of_4_ranks_s", started["time_s"] - attempt.begin.time_s)
 
 
 def test_torchrun_gives_the_same_curve(bed: TestBed, undisturbed: Numbers) -> None:
     options = ("--nodes", 2, "--launcher", "torchrun")
-    (job,) = bed.submit(bed.config("torchrun"), *options)
-    assert bed.cluster.wait(job)["JobState"] == "COMPLETED", bed.log("torchrun")
+    jobs = bed.submit(bed.config("torchrun"), *options)
+    bed.finish("torchrun", *jobs)
     assert bed.numbers("torchrun") == undisturbed
-
-
-def test_the_end_of_the_time(bed: TestBed, undisturbed: Numbers) -> None:
-    """Slurm's signal to the batch script: saved, requeued, continued where it was; then done."""
-    (job,) = bed.submit(bed.config("limit"), "--nodes", 2, "--time", 30, **STEP_S)
-    bed.at_step("limit", 3)
-    bed.cluster.run("scancel", "--signal=USR1", "--batch", job)
-    state = bed.cluster.wait(job)
-    assert state["JobState"] == "COMPLETED", bed.log("limit")
-    assert state["Restarts"] == "1"
-    assert bed.kinds("limit") == ["time limit", "finished"]
-    first, second = bed.attempts("limit")
-    outcome = read_json(first.folder / "outcome.json")
-    assert outcome is not None
-    assert _start_step(second.folder) == outcome["step"]  # nothing was done twice
-    assert bed.numbers("limit") == undisturbed
-    told = bed.megascale("jobs", "why", "limit")
-    assert "finished" in told
 
 
 def test_preemption(bed: TestBed, undisturbed: Numbers) -> None:
     """A job of a higher partition takes the nodes; the run saves in its grace and comes back."""
     options = ("--nodes", 2, "--partition", "spare", "--time", 30)
-    (job,) = bed.submit(bed.config("preempted"), *options, **STEP_S)
+    (job,) = bed.submit(bed.config("preempted"), *options, gates={3: "SIGTERM"})
     bed.at_step("preempted", 3)
     wrap = ("--wrap", "sleep 1", "-o", "/dev/null")
     bed.cluster.run("sbatch", "-p", "main", "-N", "4", "--exclusive", *wrap)
-    state = bed.cluster.wait(job)
-    assert state["JobState"] == "COMPLETED", bed.log("preempted")
+    bed.finish("preempted", job)
     assert bed.kinds("preempted") == ["preempted", "finished"]
     first, second = bed.attempts("preempted")
-    outcome = read_json(first.folder / "outcome.json")
-    assert outcome is not None, bed.log("preempted")
-    assert _start_step(second.folder) == outcome["step"]
+    assert _start_step(second.folder) == _saved_step(first.folder) == 4  # nothing was done twice
     assert bed.numbers("preempted") == undisturbed
 
 
-@pytest.mark.parametrize("fault", ["power", "cable"])
-def test_a_lost_node(
-    bed: TestBed,
+def test_a_cut_cable(
+    bed: TestBed, undisturbed: Numbers, record_property: Callable[[str, object], None]
+) -> None:
+    """The controller is restarted under a run, then the head machine's network ends.
+
+    The run goes on elsewhere, though rank 0 and the batch script live on and hold the folder. What
+    is lost is what came after the newest checkpoint, one interval at most.
+    """
+    cluster = bed.cluster
+    gates = {2: bed.folder / "restarted", 5: bed.folder / "cut"}
+    (job,) = bed.submit(bed.config("cable"), "--nodes", 2, "--time", 30, gates=gates)
+    bed.at_step("cable", 2)
+    cluster.stop_controller()
+    cluster.start_controller()
+    gates[2].touch()
+    bed.at_step("cable", 5)
+    cluster.unplug("node1")
+    gone = cluster.lost(job, record_property)
+    gates[5].touch()
+    bed.finish("cable", job)
+    assert "is taken over from node1" in bed.log("cable")
+    before, after = bed.machines("cable")
+    assert "node1" in before
+    assert "node1" not in after
+    _check_continued(bed, "cable", gone, record_property)
+    assert bed.numbers("cable") == undisturbed
+
+
+def test_two_machines_of_which_one_loses_its_power(
+    two_machines: tuple[TestBed, str],
     undisturbed: Numbers,
-    fault: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The controller is restarted under the run, then a node is lost: it goes on elsewhere."""
-    cluster = bed.cluster
-    (job,) = bed.submit(bed.config(fault), "--nodes", 2, "--time", 30, **STEP_S)
-    bed.at_step(fault, 2)
-    if fault == "power":
-        cluster.stop_controller()
-        cluster.start_controller()
-    bed.at_step(fault, 5)
-    lost = "node2"
-    (cluster.power_off if fault == "power" else cluster.unplug)(lost)
-    cut = time.time()
-    cluster.wait_for(job, lambda seen: seen.get("Restarts") == "1", timeout_s=60)
-    detected = time.time()
-    assert detected - cut < 3 * NODE_LOST_S
-    state = cluster.wait(job)
-    assert state["JobState"] == "COMPLETED", bed.log(fault)
-    first, second = bed.attempts(fault)
-    assert lost in first.begin.nodes or "[1-2]" in first.begin.nodes
-    assert second.begin.nodes == "node[1,3]"
-    assert _start_step(second.folder) == 4  # the newest checkpoint: one interval at most is lost
-    assert bed.numbers(fault) == undisturbed
+    """No machine is left to go on with: the job waits until it is back."""
+    bed, _ = two_machines
+    gates = {5: bed.folder / "off"}
+    (job,) = bed.submit(bed.config("power"), "--nodes", 2, gates=gates)
+    bed.at_step("power", 5)
+    bed.cluster.power_off("node2")
+    gone = bed.cluster.lost(job, record_property)
+    gates[5].touch()
+    bed.cluster.wait_for(job, lambda seen: seen.get("JobState") == "PENDING")
+    bed.cluster.power_on("node2")
+    bed.finish("power", job)
+    _check_continued(bed, "power", gone, record_property)
+    assert bed.numbers("power") == undisturbed
+
+
+def _check_continued(
+    bed: TestBed, name: str, gone: float, record_property: Callable[[str, object], None]
+) -> None:
+    """The second attempt went on from the newest checkpoint; how long that took is recorded."""
+    first, second = bed.attempts(name)
+    assert first.end is None or first.end.kind == "node failure"
+    assert second.end is not None
+    assert second.end.kind == "finished"
+    assert _start_step(second.folder) == 4
     started = read_json(second.folder / "started.json")
     assert started is not None
-    # reported, not asserted: it depends on what else the machine does
-    record_property("training_again_s", started["time_s"] - detected)
+    # recorded, not asserted: it depends on what else the machine does
+    record_property("training_again_s", started["time_s"] - gone)
 
 
 def test_a_chain(bed: TestBed) -> None:
     """The second job goes on where the first one's time ended, the third finds nothing to do."""
     changes = {"parallel__tensor_parallel_size": 1, "checkpoint__save_interval": 0}
     config = bed.config("chain", **changes)
-    jobs = bed.submit(config, "--nodes", 1, "--chain", 3, **STEP_S)
+    gates = {2: bed.output("chain") / "STOP"}
+    jobs = bed.submit(config, "--nodes", 1, "--chain", 3, gates=gates)
     assert len(jobs) == 3
     bed.at_step("chain", 2)
     bed.cluster.run("scancel", "--signal=USR1", "--batch", jobs[0])
-    states = [bed.cluster.wait(job) for job in jobs]
-    assert [state["JobState"] for state in states] == ["COMPLETED"] * 3, bed.log("chain")
-    assert [state["Restarts"] for state in states] == ["0"] * 3
+    bed.finish("chain", *jobs)
+    assert [bed.cluster.job(job)["Restarts"] for job in jobs] == ["0"] * 3
     assert bed.kinds("chain") == ["time limit", "finished"]
     assert [line["step"] for line in metrics(bed.output("chain"))] == list(range(1, 13))
 
@@ -169,6 +176,23 @@ def test_a_failing_rank_is_named_and_the_job_is_not_requeued(bed: TestBed) -> No
     assert "in train_step" in told  # the traceback, though rank 1 ran on another machine
 
 
+def test_a_rank_that_hangs_and_one_that_runs_out_of_memory(bed: TestBed) -> None:
+    """The first is worth another attempt, the second is not."""
+    config = bed.config("ends", parallel__collective_timeout_s=20)
+    (job,) = bed.submit(config, "--nodes", 2, TEST_HANG="1", TEST_MEMORY="1")
+    state = bed.cluster.wait(job)
+    assert bed.kinds("ends") == ["hang", "out of memory"], bed.log("ends")
+    assert state["ExitCode"] == "71:0"
+    hang, memory = bed.attempts("ends")
+    assert hang.end is not None
+    assert "rank 0 on node1 lost another rank" in hang.end.text
+    assert memory.end is not None
+    told = bed.megascale("jobs", "why", "ends")
+    assert "rank 1 on node2 failed" in told
+    assert "can't allocate memory" in told
+    assert "train.micro_batch_size" in told  # what helps
+
+
 def test_a_dataset_that_one_node_lacks(bed: TestBed) -> None:
     bed.cluster.run("mount", "-t", "tmpfs", "tmpfs", bed.prefix.parent, node="node2")
     try:
@@ -183,18 +207,36 @@ def test_a_dataset_that_one_node_lacks(bed: TestBed) -> None:
 
 
 def test_status_logs_and_stop_by_name(bed: TestBed, undisturbed: Numbers) -> None:
-    bed.submit(bed.config("stopped"), "--nodes", 2, **STEP_S)
+    gates = {2: bed.output("stopped") / "STOP"}
+    bed.submit(bed.config("stopped"), "--nodes", 2, gates=gates)
     bed.at_step("stopped", 2)
-    status = bed.megascale("jobs", "status", "stopped")
+    again = ["submit", bed.config("stopped"), "--nodes", 2]
+    looks = [["jobs", "status", "stopped"], ["jobs", "logs", "stopped", "--rank", "0"], again]
+    (_, status), (_, log), (code, refused) = bed.many(looks)
     assert "running" in status
     assert "from step 0" in status
-    assert "step" in bed.megascale("jobs", "logs", "stopped", "--rank", "0")
-    refused = bed.megascale("submit", bed.config("stopped"), "--nodes", 2, check=False)
+    assert "step      2/12" in log
+    assert code == 2
     assert "already running" in refused
-    bed.megascale("jobs", "stop", "stopped")
-    followed = bed.megascale("jobs", "logs", "stopped", "-f")  # until it is over
+    ends = [["stop"], ["logs", "-f"], ["why"]]  # the logs until it is over
+    (_, _), (_, followed), (_, why) = bed.many([["jobs", *words, "stopped"] for words in ends])
     assert "user stop" in followed
     assert bed.kinds("stopped") == ["user stop"]
-    steps = len(bed.numbers("stopped"))
-    assert bed.numbers("stopped") == undisturbed[:steps]
-    assert "asked it to stop" in bed.megascale("jobs", "why", "stopped")
+    assert bed.numbers("stopped") == undisturbed[:3]
+    assert "asked it to stop" in why
+
+
+def test_the_end_of_the_time(two_machines: tuple[TestBed, str], undisturbed: Numbers) -> None:
+    """Slurm's own limit: saved, requeued, continued where it was, until it is done."""
+    bed, job = two_machines
+    state = bed.finish("limit", job)
+    *before, last = bed.kinds("limit")
+    assert last == "finished"
+    assert before
+    assert set(before) == {"time limit"}
+    assert state["Restarts"] == str(len(before))
+    tries = bed.attempts("limit")
+    for first, second in pairwise(tries):
+        assert _start_step(second.folder) == _saved_step(first.folder)  # nothing was done twice
+    assert bed.numbers("limit") == undisturbed
+    assert "finished" in bed.megascale("jobs", "why", "limit")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from megascale.checkpoint.lock import LOCK_NAME, RunLock
+from megascale.checkpoint.manager import CheckpointManager
 from megascale.errors import NodeError, NumericalError, PeerError, UserError
+from megascale.file_lock import FileLock
 from megascale.launcher import attempt
 from megascale.launcher.attempt import Begin, begin, end, newest_step
 from megascale.launcher.ends import KINDS, REQUEUE_CODE, classify
 from megascale.launcher.failure import Failure, describe, kind_of
 from megascale.resilience import signals
 from megascale.resilience.signals import SaveSignals
+from tests.integration.runs import call
 
 FINISHED = {"kind": "finished", "step": 9, "reason": ""}
 LOST = Failure(0, 5.0, "RuntimeError: [gloo] Connection closed by peer", True, "lost peer", "a1")
@@ -201,3 +206,85 @@ def test_a_signal_passed_on_twice_is_one_request(monkeypatch: pytest.MonkeyPatch
         signal.signal(signal.SIGTERM, before)
     assert raised == [signal.SIGTERM]
     assert time.monotonic() == clock[0]
+
+
+def _start(submission: str, *, restart: int = 0, nodes: str = "a1,a2") -> Begin:
+    return Begin(submission, "7", restart, nodes, 0, "", 0)
+
+
+def _hold(path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> FileLock:
+    """A lock as a process on another machine holds it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: host)
+        return FileLock(path, lambda holder: UserError(holder))
+
+
+def test_a_lost_machine_does_not_hold_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm started the job elsewhere; the rank behind a cut cable sees that, and ends."""
+    begin(tmp_path, _start("s", nodes="a1,a2"), 5)
+    held = _hold(tmp_path / LOCK_NAME, "a1.cluster.lab", monkeypatch)
+    now = _start("s", restart=1, nodes="a2,a3")
+    attempt._wait_for_folder(tmp_path, now, wait_s=0)
+    assert "taken over from a1" in capsys.readouterr().err
+    assert not held.was_taken_over()  # nobody has come yet: it may go on to hold it
+    ours = RunLock(str(tmp_path))
+    assert held.was_taken_over()
+    held.release()  # not ours
+    with pytest.raises(UserError, match="another run is writing"):
+        RunLock(str(tmp_path))
+    ours.require_held()
+    ours.release()
+
+
+@pytest.mark.parametrize(
+    ("submission", "nodes"), [("s", "a1,a3"), ("other", "a2,a3")], ids=["same", "foreign"]
+)
+def test_a_machine_that_is_not_lost_is_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    submission: str,
+    nodes: str,
+) -> None:
+    """It is this attempt's too, where Slurm ends the old ranks, or none of this submission's."""
+    begin(tmp_path, _start("s", nodes="a1,a2"), 5)
+    held = _hold(tmp_path / LOCK_NAME, "a1", monkeypatch)
+    attempt._wait_for_folder(tmp_path, _start(submission, restart=1, nodes=nodes), wait_s=0)
+    told = capsys.readouterr().err
+    assert "waiting" in told
+    assert "held by" in told
+    assert "rule" in told
+    with pytest.raises(UserError, match="another run is writing"):
+        RunLock(str(tmp_path))
+    held.release()
+
+
+def test_a_run_whose_folder_was_taken_over_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(str(tmp_path))
+    manager = CheckpointManager(str(tmp_path / "checkpoints"), locks=[lock])
+    assert not manager.has_failed()
+    manager.finish()
+    (tmp_path / LOCK_NAME).unlink()
+    later = RunLock(str(tmp_path))
+    assert manager.has_failed()  # told after every step
+    with pytest.raises(UserError, match="has taken"):
+        manager.finish()
+    manager.close()
+    later.require_held()
+    later.release()
+
+
+def test_why_of_an_attempt_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Slurm, from the folder: a batch script that was killed writes no end."""
+    monkeypatch.setenv("PATH", "")
+    opened = _begin(tmp_path)
+    assert isinstance(opened, attempt.Attempt)
+    assert "The machine that ran the batch script ended" in call("jobs", "why", tmp_path).stdout
+    (opened.folder / "outcome.json").write_text(json.dumps(_stopped("SIGTERM")))
+    assert "It ended after it had saved at step 4." in call("jobs", "why", tmp_path).stdout

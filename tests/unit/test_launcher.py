@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megascale.cli.process import collector_paused
 from megascale.errors import PeerError, UserError
 from megascale.launcher import failure, local
 from megascale.launcher.environment import ProcessInfo, process_info, world_size_of
@@ -185,6 +187,16 @@ def test_which_errors_are_anothers() -> None:
     assert not failure.lost_peer(UserError("the loss is nan"))
 
 
+def test_ranks_that_tidy_up_slowly_have_not_failed(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were at the end of the run together; on a busy machine the last leaves much later."""
+    monkeypatch.setattr(local, "_EARLY_END_S", 0.3)
+    mark = 'touch "$MEGASCALE_FAILURE_DIR/rank_0000$RANK.ended"'
+    assert launch_local([f'{mark}; [ "$RANK" = 0 ] || sleep 1'], 2, scripts) == 0
+    assert launch_local(['[ "$RANK" = 0 ] || sleep 5'], 2, scripts) == 1  # the marks are gone
+
+
 def test_a_rank_that_ends_early_ends_the_others(
     scripts: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,3 +234,13 @@ def test_a_log_folder_that_cannot_be_made_is_refused(scripts: Path, tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot make the folder"):
         launch_local(["exit 0"], 2, tmp_path / "file" / "logs")
+
+
+def test_the_collector_rests_while_modules_are_imported() -> None:
+    with collector_paused() as all_is_imported:
+        assert not gc.isenabled()
+        all_is_imported()
+        assert gc.isenabled()
+    with pytest.raises(ValueError, match="in between"), collector_paused():
+        raise ValueError("in between")
+    assert gc.isenabled()

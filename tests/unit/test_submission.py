@@ -102,6 +102,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     """Slurm's programs, answered from files; `fails` counts how often the controller is away."""
     answers = {"scontrol": PARTITIONS, "sinfo": NODES, "sbatch": "17;cluster\n"}
     answers["squeue"] = json.dumps({"jobs": [_entry(7), _entry(5, job_state=["PENDING"])]})
+    errors = [{"source": "slurm_load_jobs", "description": "Failed while looking for jobs"}]
+    (tmp_path / "away.txt").write_text(json.dumps({"errors": errors, "jobs": []}))
     for name, answer in answers.items():
         (tmp_path / f"{name}.txt").write_text(answer)
         program = tmp_path / name
@@ -111,6 +113,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
             f'echo "$0 $*" >>calls; env | grep -E "^(SLURM|SBATCH)_" >>environment\n'
             "left=$(cat fails 2>/dev/null || echo 0)\n"
             "if ((left)); then echo $((left - 1)) >fails\n"
+            "[[ $* != --json ]] || { cat away.txt; exit 0; }\n"  # as Slurm 22.05 does
             "echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1; fi\n"
             "[[ ! -e refusal ]] || { cat refusal >&2; exit 1; }\n"
             f"cat {name}.txt\n"
@@ -148,6 +151,15 @@ def test_a_controller_that_is_away_is_asked_again(slurm: Slurm, tmp_path: Path) 
     (tmp_path / "fails").write_text("99")
     with pytest.raises(UserError, match="Unable to contact"):
         slurm.submit("script")
+
+
+def test_no_jobs_is_not_what_a_controller_that_is_away_says(slurm: Slurm, tmp_path: Path) -> None:
+    """Else a second submission of a run would be let through, and `logs -f` would end."""
+    (tmp_path / "fails").write_text("3")
+    assert len(slurm.jobs()) == 2
+    (tmp_path / "fails").write_text("99")
+    with pytest.raises(UserError, match="slurm_load_jobs: Failed while looking for jobs"):
+        slurm.jobs()
 
 
 def test_a_refusal_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
