@@ -26,6 +26,7 @@ from data_prep.step import StepResult, run_step
 from data_prep.worker_pool import available_cpus
 from megascale.config.problems import ConfigError
 from megascale.config.yaml_text import parse_yaml
+from megascale.data.places import as_path
 
 Inputs = Annotated[
     list[str],
@@ -36,8 +37,15 @@ Inputs = Annotated[
         "May be given several times.",
     ),
 ]
-Source = Annotated[Path, typer.Option("--input", help="Folder of documents, from `read`.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+Source = Annotated[
+    Path,
+    typer.Option(
+        "--input", parser=as_path, metavar="PATH", help="Folder of documents, from `read`."
+    ),
+]
+Output = Annotated[
+    Path, typer.Option("--output", parser=as_path, metavar="PATH", help="Folder to make.")
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="Processes; one a processor if not given.")
 ]
@@ -76,7 +84,13 @@ def read_command(
         bool, typer.Option("--extract-html", help="The texts are HTML: keep their main text.")
     ] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="For .bin/.idx: turns ids back to text.")
+        Path | None,
+        typer.Option(
+            "--tokenizer",
+            parser=as_path,
+            metavar="PATH",
+            help="For .bin/.idx: turns ids back to text.",
+        ),
     ] = None,
     max_document: Annotated[
         str, typer.Option("--max-document", help="Longer documents are skipped.")
@@ -207,9 +221,14 @@ def decontaminate_command(
 
 
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML file, as in configs/data.")],
+    recipe: Annotated[
+        Path, typer.Argument(parser=as_path, metavar="PATH", help="YAML file, as in configs/data.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="In place of the recipe's own.")
+        Path | None,
+        typer.Option(
+            "--output", parser=as_path, metavar="PATH", help="In place of the recipe's own."
+        ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe.")] = False,
     executor: Annotated[

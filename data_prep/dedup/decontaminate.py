@@ -30,6 +30,7 @@ from data_prep.step import (
     sum_nested,
     tasks_of_shards,
 )
+from megascale.data.places import as_path
 from megascale.errors import UserError
 
 REMOVED = "removed"
@@ -125,7 +126,7 @@ class _Decontaminate:
     options: DecontaminateOptions
 
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
-        path = Path(task.content)
+        path = as_path(task.content)
         sources: Counts = {}
         hits = _SetHits(self.index)
         with ExitStack() as stack:
