@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import io
 import os
 import platform
 import sysconfig
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 import fsspec
 import orjson
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 from data_prep.byte_range import open_range
 from data_prep.outputs import RUN_NAME
@@ -71,10 +73,20 @@ class InputFile:
     def open(self, decompress: bool = True) -> BinaryIO:
         """Open for reading bytes; `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way."""
         if self.stop is not None:
-            return open_range(self.filesystem.open(self.path, "rb"), self.start, self.stop)
+            return open_range(self._plain(), self.start, self.stop)
         if decompress and self.path.endswith(".zst"):
-            return open_zstd(self.filesystem.open(self.path, "rb"))
-        return self.filesystem.open(self.path, "rb", compression="infer" if decompress else None)
+            return open_zstd(self._plain())
+        if decompress and self.path.endswith(COMPRESSED_SUFFIXES):
+            return self.filesystem.open(self.path, "rb", compression="infer")
+        return self._plain()
+
+    def _plain(self) -> BinaryIO:
+        """The bytes as they lie there."""
+        if isinstance(self.filesystem, LocalFileSystem):
+            return open(self.path, "rb")
+        stream: Any = self.filesystem.open(self.path, "rb")
+        # files of stores read lines without a limit only, and byte by byte
+        return stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
 
 
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
