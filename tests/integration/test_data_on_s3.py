@@ -37,7 +37,7 @@ def run(*arguments: object, expect: int = 0) -> str:
         assert expect == 2, done.exception
         return str(done.exception)
     assert done.exit_code == expect, (done.output, done.exception)
-    return done.output
+    return done.stdout
 
 
 def files(folder: str | Path) -> dict[str, bytes]:
@@ -81,7 +81,7 @@ def prepared(bucket: str, raw: str, tmp_path_factory: pytest.TempPathFactory) ->
         run("decontaminate", "--input", f"{root}/3", "--output", f"{root}/4", *options)
         trained = ["--input", f"{root}/4", "--output", f"{root}/tok", "--vocab-size", 280]
         run("train-tokenizer", *trained)
-        made = ["--tokenizer", f"{root}/tok", "--shard-size", "4KB"]
+        made = ["--tokenizer", f"{root}/tok", "--shard-size", "1KB"]
         made += ["--workers", 1 if root is local else 2]
         run("tokenize", "--input", f"{root}/3", "--output", f"{root}/set", *made)
     return f"{bucket}/out", local
@@ -105,7 +105,7 @@ def test_done_again_does_nothing_and_other_options_are_refused(prepared: tuple[s
     root = prepared[0]
     command = ["tokenize", "--input", f"{root}/3", "--output", f"{root}/set"]
     command += ["--tokenizer", f"{root}/tok"]
-    assert "already prepared" in run(*command, "--shard-size", "4KB")
+    assert "already prepared" in run(*command, "--shard-size", "1KB")
     assert "--overwrite" in run(*command, "--shard-size", "9KB", expect=2)
     clean = ["clean", "--input", f"{root}/1", "--output", f"{root}/2", "--rule", "normalize"]
     assert "--overwrite" in run(*clean, expect=2)
