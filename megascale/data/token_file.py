@@ -158,7 +158,8 @@ class TokenFileWriter:
             return sequence.astype(self.dtype)
         assert sequence.dtype.kind in "iu", "ids are integers"
         limits = np.iinfo(self.dtype)
-        lowest, highest = int(sequence.min()), int(sequence.max())
+        lowest = 0 if sequence.dtype.kind == "u" else int(sequence.min())
+        highest = int(sequence.max())
         if lowest < limits.min or highest > limits.max:
             raise UserError(
                 f"token ids {lowest}..{highest} in {self._bin_path}",
