@@ -13,10 +13,10 @@ import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.choices import Executor as Executor
 from data_prep.recipe.load import Recipe, load_recipe
 from data_prep.recipe.phases import NamedPhase, RunAs
 from data_prep.recipe.run import finish_report, phase_by_name
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
 
 LOGS = "logs"
-
-
-class Executor(str, Enum):
-    """Who starts the tasks."""
-
-    LOCAL = "local"
-    SLURM = "slurm"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import fsspec
 import orjson
@@ -86,7 +86,8 @@ class InputFile:
             return open(self.path, "rb")
         stream: Any = self.filesystem.open(self.path, "rb")
         # files of stores read lines without a limit only, and byte by byte
-        return stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
+        buffered = isinstance(stream, io.BufferedIOBase)
+        return cast(BinaryIO, stream if buffered else io.BufferedReader(stream))
 
 
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:

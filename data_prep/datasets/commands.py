@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_prep.datasets.split import REST, Part, reshard_parts, split_parts, write_parts
 from data_prep.worker_pool import available_cpus
-from megascale.data.atomic_files import write_file
-from megascale.data.manifest import DatasetManifest
 from megascale.data.places import as_path, is_remote
 from megascale.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.datasets.split import Part
+    from megascale.data.manifest import DatasetManifest
 
 Dataset = Annotated[
     Path, typer.Argument(parser=as_path, metavar="PATH", help="A prepared dataset's folder.")
@@ -63,6 +64,8 @@ def split_command(
 
     Give --fraction, or --documents, once a part, or --shards.
     """
+    from data_prep.datasets.split import write_parts
+
     parts = _parts(dataset, fractions, documents, shards)
     made = write_parts(dataset, output, parts, workers or available_cpus(), overwrite)
     if made is None:
@@ -240,6 +243,8 @@ def stats_command(
     if page is None:
         _print_json(stats)
         return
+    from megascale.data.atomic_files import write_file
+
     write_file(page, stats_page(stats).encode("utf-8", "backslashreplace"))
     print(f"wrote {page}")
 
@@ -273,6 +278,8 @@ def _parts(
             rule="exactly one of them says how to split",
             remedy="for example --fraction 0.98 --fraction 0.02",
         )
+    from data_prep.datasets.split import REST, reshard_parts, split_parts
+
     if shards is not None:
         return reshard_parts(dataset, shards)
     wrong = [given for given in documents or () if given != "rest" and not given.isdecimal()]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.choices import Action as Action
 from data_prep.dedup.evaluation_index import EvaluationIndex, Hit
 from data_prep.documents import no_documents
 from data_prep.progress import Advance
@@ -35,13 +35,6 @@ from megascale.errors import UserError
 
 REMOVED = "removed"
 _BATCH_BYTES = 1 << 17
-
-
-class Action(str, Enum):
-    """What happens to a document that holds text of an evaluation set."""
-
-    DROP = "drop"
-    CUT = "cut"
 
 
 @dataclass(frozen=True)
