@@ -2,9 +2,10 @@
 
     FOLDER/shard_00000.jsonl.zst    {"text": ..., "id": ..., "source": ..., "meta": {...}}
 
-`id` tells a document apart from all others of the folder and is the same in every run; `source` is
-the input it came from, by which reports count; `meta` is there when it is not empty. The order of
-the shards is that of their names.
+`id` is the same in every run. One that `read` made tells a document apart from all others of the
+folder; one that the input gave (`--id-key`) is kept as it is, unique or not. `source` is the input
+it came from, by which reports count; `meta` is there when it is not empty. The order of the shards
+is that of their names.
 """
 
 from __future__ import annotations

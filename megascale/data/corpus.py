@@ -262,10 +262,13 @@ class TokenCorpus:
         """32 hex digits that change when the content changes."""
         if self.manifest is not None:
             return self.manifest.fingerprint
-        (shard,) = self.shard_identities
-        digest = xxhash.xxh3_128(f"{shard.index} {shard.bytes} ".encode())
-        digest.update(_edges(self._shards[0].bin_path))
-        return digest.hexdigest()
+        return _prefix_fingerprint(self._shards[0])
+
+    def was_prefix(self, fingerprint: str) -> bool:
+        """Whether this dataset's only shard has that fingerprint as a prefix without manifest."""
+        (first, *others) = self._shards
+        has_manifest = self.manifest is not None and not others
+        return has_manifest and _prefix_fingerprint(first) == fingerprint
 
     @functools.cached_property
     def shard_identities(self) -> list[ShardIdentity]:
@@ -368,6 +371,13 @@ class TokenCorpus:
             remedy="give that part a larger fraction, or prepare more or shorter documents "
             "(`--documents paragraph` or `line` cuts text files)",
         )
+
+
+def _prefix_fingerprint(shard: TokenFile) -> str:
+    size = shard.bin_path.stat().st_size
+    digest = xxhash.xxh3_128(f"{file_checksum(shard.idx_path)} {size} ".encode())
+    digest.update(_edges(shard.bin_path))
+    return digest.hexdigest()
 
 
 def _edges(binary: Path) -> bytes:
