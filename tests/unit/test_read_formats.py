@@ -244,10 +244,10 @@ def _further(name: str, count: int) -> list[str]:
 
 
 def test_a_file_system_that_refuses_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str) -> bool:
+    def refuse(self: Any, path: str) -> bool:
         raise RuntimeError("Unable to locate credentials")  # s3fs lets such errors through
 
-    monkeypatch.setattr(memory, "isfile", refuse)
+    monkeypatch.setattr(type(memory), "isfile", refuse)
     with pytest.raises(UserError, match=r"memory://in cannot be looked at.*locate credentials"):
         find_inputs(["memory://in"])
 
