@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def _kill_in_child(step: Step, shards: int) -> None:
     pid = os.fork()
     if pid == 0:
         work = _KilledAfter(step.work, shards)
-        run_step(Step(step.name, step.output, step.identity, step.tasks, work, step.summary), 1)
+        run_step(replace(step, work=work), 1)
         os._exit(0)
     os.waitpid(pid, 0)
 
