@@ -74,6 +74,7 @@ def dedup(
         UserError: the input holds no shards, or the output may not be written.
     """
     if finished := finished_dedup(source, output, options, run):
+        remove_intermediate(output)  # an earlier run may have been killed just before this
         return finished
     for prepare in dedup_phases(source, output, options, run):
         result = run_step(prepare(), workers, overwrite)

@@ -185,10 +185,10 @@ def _dedup_phase(
     last_of: Path | None,
 ) -> Any:
     def run(run_as: RunAs) -> StepResult:
-        if done := finished():
-            return done
-        result = run_step(prepare(), run_as.workers, run_as.overwrite, run_as.share)
-        if last_of is not None:
+        result = finished()
+        if result is None:
+            result = run_step(prepare(), run_as.workers, run_as.overwrite, run_as.share)
+        if last_of is not None:  # an earlier run may have been killed just before this
             remove_intermediate(last_of)
         return result
 
