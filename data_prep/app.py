@@ -22,6 +22,7 @@ from data_prep.train_tokenizer import (
     TrainTokenizerOptions,
     train_tokenizer,
 )
+from megascale.data.places import as_path
 from megascale.errors import UserError
 
 app = with_document_commands(
@@ -44,7 +45,9 @@ Inputs = Annotated[
         "python-stdlib or python-stdlib-prose. May be given several times.",
     ),
 ]
-Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+Output = Annotated[
+    Path, typer.Option("--output", parser=as_path, metavar="PATH", help="Folder to make.")
+]
 Documents = Annotated[
     DocumentUnit, typer.Option("--documents", help="What one document is in a text file.")
 ]
@@ -98,7 +101,10 @@ def tokenize_command(
     tokenizer: Annotated[
         Path,
         typer.Option(
-            "--tokenizer", help="Tokenizer folder, tokenizer.json, or sentencepiece .model file."
+            "--tokenizer",
+            parser=as_path,
+            metavar="PATH",
+            help="Tokenizer folder, tokenizer.json, or sentencepiece .model file.",
         ),
     ],
     documents: Documents = DocumentUnit.FILE,

@@ -7,7 +7,6 @@ than the encoding itself.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -135,7 +134,7 @@ class FastokensEncoder:
             raise _wrong_backend(self.name, tokenizer)
         fastokens = _require("fastokens")
         try:
-            backend = fastokens.Tokenizer.from_json_str(json.dumps(tokenizer.definition))
+            backend = fastokens.Tokenizer.from_json_str(tokenizer.to_json())
         except Exception as error:
             raise UserError(
                 f"--backend fastokens: it cannot read this tokenizer: {error}",

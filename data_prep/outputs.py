@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megascale.data.places import is_remote, open_binary, remote_errors
 from megascale.errors import UserError
 
+RUN_NAME = ".run.json"
+"""Identity of an unfinished run; in an object store it lies in the output itself."""
 _FORMATS = {
     "report.json": "megascale-report",
     "manifest.json": "megascale-dataset",
@@ -25,8 +28,11 @@ def check_output_folder(path: Path, marker: str, overwrite: bool, step: str = ""
     Raises:
         UserError: it is a file, or a non-empty folder that may not be replaced.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+    with remote_errors(path):
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if is_remote(path) and not (path / marker).is_file() and (path / RUN_NAME).is_file():
+            return
     if may_replace(path, marker, step) and overwrite:
         return
     if may_replace(path, marker, step):
@@ -52,7 +58,7 @@ def may_replace(path: Path, marker: str, step: str = "") -> bool:
         step: of a report.json, the step that wrote it; "": any.
     """
     try:
-        with open(path / marker, "rb") as file:
+        with open_binary(path / marker) as file:
             head = file.read(_HEAD_BYTES).decode("utf-8", "replace")
     except OSError:
         return False

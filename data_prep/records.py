@@ -2,9 +2,10 @@
 
     FOLDER/shard_00000.jsonl.zst    {"text": ..., "id": ..., "source": ..., "meta": {...}}
 
-`id` tells a document apart from all others of the folder and is the same in every run; `source` is
-the input it came from, by which reports count; `meta` is there when it is not empty. The order of
-the shards is that of their names.
+`id` is the same in every run. One that `read` made tells a document apart from all others of the
+folder; one that the input gave (`--id-key`) is kept as it is, unique or not. `source` is the input
+it came from, by which reports count; `meta` is there when it is not empty. The order of the shards
+is that of their names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 import orjson
 import zstandard
 
+from data_prep.report import REPORT_NAME
 from data_prep.zstd_stream import open_zstd
+from megascale.data.places import Place, is_remote, open_binary, remote_errors, unreachable
 from megascale.errors import UserError
 
 SHARD_SUFFIX = ".jsonl.zst"
@@ -61,7 +64,7 @@ class Document:
 
 
 class ShardWriter:
-    """Write lines to a shard; the same lines give the same bytes.
+    """Write lines to a local shard; the same lines give the same bytes.
 
     Attributes:
         documents: lines written.
@@ -104,9 +107,12 @@ def shard_paths(folder: Path) -> list[Path]:
     """The shards of a folder, in order.
 
     Raises:
-        UserError: it is no folder, or has none.
+        UserError: it is no folder, has none, or lies in a store and is not finished.
     """
-    paths = sorted(folder.glob(f"*{SHARD_SUFFIX}")) if folder.is_dir() else []
+    with remote_errors(folder):
+        paths = sorted(folder.glob(f"*{SHARD_SUFFIX}"), key=str) if folder.is_dir() else []
+        if paths and is_remote(folder) and not (folder / REPORT_NAME).is_file():
+            raise unfinished_folder(str(folder))
     if not paths:
         raise UserError(
             f"{folder} holds no shard of documents",
@@ -117,28 +123,41 @@ def shard_paths(folder: Path) -> list[Path]:
     return paths
 
 
+def unfinished_folder(folder: str) -> UserError:
+    """The error for shards in a store whose step has not finished."""
+    return UserError(
+        f"{folder} holds shards and no {REPORT_NAME}",
+        rule="a step writes it last, when all of its shards are there",
+        remedy="run that step again, which continues it",
+    )
+
+
 def shard_name(path: Path) -> str:
     """`shard_00000` of its path."""
     return path.name.removesuffix(SHARD_SUFFIX)
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Place) -> Iterator[bytes]:
     """The lines of a shard with their newlines, in the memory of the longest one.
 
     Raises:
         UserError: the shard is truncated or damaged: our own shards are whole.
     """
     try:
-        with open(path, "rb") as file, open_zstd(file) as stream:
+        with open_binary(path) as file, open_zstd(file) as stream:
             for line in stream:
                 if not line.endswith(b"\n"):
                     raise EOFError("it ends inside a line")
                 yield line
     except (zstandard.ZstdError, EOFError, OSError) as error:
         raise damaged_shard(path, str(error)) from error
+    except Exception as error:
+        if is_remote(path):
+            raise unreachable(path, error) from error
+        raise
 
 
-def read_documents(path: Path) -> Iterator[tuple[bytes, Document]]:
+def read_documents(path: Place) -> Iterator[tuple[bytes, Document]]:
     """Each line of a shard and the document in it.
 
     Raises:
@@ -152,7 +171,7 @@ def read_documents(path: Path) -> Iterator[tuple[bytes, Document]]:
         yield line, document
 
 
-def damaged_shard(path: Path, problem: str) -> UserError:
+def damaged_shard(path: Place, problem: str) -> UserError:
     """The error for a shard that is not what a step of ours wrote."""
     return UserError(
         f"{path} is no whole shard of documents: {problem}",

@@ -13,27 +13,21 @@ import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.choices import Executor as Executor
 from data_prep.recipe.load import Recipe, load_recipe
 from data_prep.recipe.phases import NamedPhase, RunAs
 from data_prep.recipe.run import finish_report, phase_by_name
 from data_prep.shard_runner import Share, ShareDone
+from megascale.data.places import as_path, location
 from megascale.errors import UserError
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
 
 LOGS = "logs"
-
-
-class Executor(str, Enum):
-    """Who starts the tasks."""
-
-    LOCAL = "local"
-    SLURM = "slurm"
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class PhaseTask:
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         """Run as task `rank` of `world_size`, in the form that datatrove calls."""
-        recipe = load_recipe(Path(self.recipe), Path(self.output))
+        recipe = load_recipe(Path(self.recipe), as_path(self.output))
         share = Share(rank, world_size) if self.shared else None
         run_as = RunAs(1, share=share)
         if not self.phase:
@@ -122,7 +116,7 @@ def make_executors(
         UserError: see `run_on_datatrove`.
     """
     _check_installed(executor, slurm)
-    paths = (os.path.abspath(recipe_path), os.path.abspath(recipe.output))
+    paths = (os.path.abspath(recipe_path), location(recipe.output))
     chain = [
         (_job_name(phase, shared), PhaseTask(*paths, phase.name, shared), tasks if shared else 1)
         for phase in recipe.phases()
@@ -136,7 +130,7 @@ def make_executors(
             pipeline=[task],
             tasks=count,
             workers=min(workers, count),
-            logging_dir=os.path.abspath(recipe.output / LOGS / name),
+            logging_dir=location(recipe.output / LOGS / name),
             depends=last,
             # Our own markers say what is done, and know of a changed input.
             skip_completed=False,

@@ -12,14 +12,14 @@ and says what it does with one. The rest is here:
         .SHARD.PID.tmp/    the shard that a process is at; nothing reads it
 
 A run that was killed anywhere and is started again takes up the finished shards and goes on. A
-run with another identity is refused: its shards would not fit to those that are there.
+run with another identity is refused: its shards would not fit to those that are there. In an
+object store the same lies in OUT itself, see `workplace`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import sys
 import time
@@ -35,20 +35,11 @@ from data_prep.progress import Advance, progress_of_bytes
 from data_prep.report import REPORT_NAME, make_report
 from data_prep.skips import SkipReport
 from data_prep.worker_pool import WorkerUse, run_tasks
-from megascale.data.atomic_files import (
-    disk_errors,
-    file_checksum,
-    fsync_path,
-    full_disk_errors,
-    move_into_place,
-    sync_tree,
-    write_file,
-)
+from data_prep.workplace import ShardStore, Workplace, tidy_output, workplace_of
+from megascale.data.atomic_files import file_checksum, full_disk_errors, write_file
+from megascale.data.places import absolute, open_binary, remote_errors
 from megascale.errors import UserError
-from megascale.file_lock import FileLock
 
-_RUN_NAME = ".run.json"
-_DONE_FOLDER = ".done"
 _VERSION = 1
 
 
@@ -163,21 +154,22 @@ class ShardRun:
     """One run of a step, from `open_run`.
 
     Attributes:
-        output: the folder that is to be made.
-        folder: where it is made; files that concern all shards are written here too.
+        place: where the output is made.
+        folder: local folder; files that concern all shards are written here.
     """
 
     def __init__(
         self,
-        output: Path,
+        place: Workplace,
         step: str,
         identity: dict[str, Any],
+        marker: str,
         replaceable: Callable[[Path], bool],
         share: Share | None = None,
     ) -> None:
-        self.output, self.step, self.identity, self.share = output, step, identity, share
-        self.folder = output.with_name(f".{output.name}.unfinished")
-        self._replaceable = replaceable
+        self.place, self.step, self.identity, self.share = place, step, identity, share
+        self.folder = place.folder
+        self._marker, self._replaceable = marker, replaceable
         self._started = time.monotonic()
 
     @property
@@ -200,7 +192,9 @@ class ShardRun:
         """
         check_workers(workers)
         assert len({task.name for task in tasks}) == len(tasks), "names of shards are unique"
-        found = {task.name: load_marker(self.folder, task.name) for task in tasks}
+        store = self.place.store
+        with remote_errors(store.kept):
+            found = {task.name: load_marker(store, task.name) for task in tasks}
         if self.share:
             tasks = tasks[self.share.rank :: self.share.count]
         missing = [task for task in tasks if found[task.name] is None]
@@ -211,7 +205,7 @@ class ShardRun:
             advance(total - sum(task.size for task in missing))
             uses = run_tasks(
                 missing,
-                partial(complete_shard, self.folder, work),
+                partial(complete_shard, store, work),
                 workers,
                 lambda task, result: found.update({task.name: result}),
                 advance,
@@ -223,11 +217,14 @@ class ShardRun:
         return RunOutcome(results, [task.name for task in missing], uses)
 
     def finish(self, outcome: RunOutcome, more: dict[str, Any] | None = None) -> None:
-        """Write `report.json` and give the folder its final name.
+        """Write `report.json` and complete the output.
 
         Args:
             outcome: from `run`.
             more: further entries of the report.
+
+        Raises:
+            UserError: the disk is full, or another process began the output in a store anew.
         """
         report = make_report(
             self.step,
@@ -240,11 +237,9 @@ class ShardRun:
         )
         report["shards"] = {"all": len(outcome.results), "made_by_this_run": len(outcome.made)}
         content = json.dumps({**report, **(more or {})}, indent=2, ensure_ascii=False) + "\n"
-        with disk_errors(self.output):
-            write_file(self.folder / REPORT_NAME, content.encode("utf-8", "backslashreplace"))
-            sync_tree(self.folder)
-            move_into_place(self.folder, self.output, self._replaceable)
-        tidy_output(self.output)
+        write_file(self.folder / REPORT_NAME, content.encode("utf-8", "backslashreplace"))
+        _enter(self, anew=False)  # in a store, another run may have begun anew meanwhile
+        self.place.publish(self._marker, self._replaceable)
 
 
 @contextmanager
@@ -255,60 +250,82 @@ def open_run(
     marker: str,
     overwrite: bool = False,
     share: Share | None = None,
+    aside: str = "",
 ) -> Iterator[ShardRun]:
     """Take hold of an output folder for one run of a step.
 
     Args:
-        output: the folder to make.
+        output: the folder to make, or its URL.
         step: its name, for messages and the report.
         identity: all that decides the result, as JSON: a fingerprint of the input's content (see
             `describe_source`), tokenizer, options. Not: number of workers, paths of output.
         marker: a file that a finished output of this step holds, see `check_output_folder`.
         overwrite: replace a finished output; drop an unfinished one of another identity.
         share: make some of the shards only, beside other processes that make the others.
+        aside: see `ShardStore`.
 
     Raises:
         UserError: another process holds the output, it may not be replaced, or an unfinished run
             has another identity.
     """
-    output = Path(os.path.abspath(output))
+    output = absolute(output)
     check_output_folder(output, marker, overwrite, step)
+    place = workplace_of(output, aside)
     run = ShardRun(
-        output, step, identity, lambda path: overwrite and may_replace(path, marker, step), share
+        place,
+        step,
+        identity,
+        marker,
+        lambda path: overwrite and may_replace(path, marker, step),
+        share,
     )
     if share:
-        _join_run(run)
+        _enter(run, anew=False)
         with full_disk_errors(output):
             yield run
         return
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output.with_name(f".{output.name}.lock"), partial(_taken, output))
+    lock = place.lock(partial(_taken, output))
     try:
         _prepare(run, overwrite)
         with full_disk_errors(output):
             yield run
     finally:
-        _leave(run.folder)
+        place.leave()
         lock.release()
 
 
-def _join_run(run: ShardRun) -> None:
-    """Begin or enter an unfinished folder that others may enter at the same time."""
-    identity = _full_identity(run)
-    if (previous := _previous_identity(run.folder)) not in (None, identity):
-        raise _other_identity(run, previous, identity)
-    with disk_errors(run.folder):
-        (run.folder / _DONE_FOLDER).mkdir(parents=True, exist_ok=True)
-        if previous is None:
-            content = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
-            write_file(run.folder / _RUN_NAME, content.encode())
+def _enter(run: ShardRun, anew: bool) -> None:
+    """Begin the unfinished output, or enter one that others may enter at the same time."""
+    identity, previous = _full_identity(run), None if anew else run.place.identity()
+    if previous is None:
+        previous = run.place.begin(identity, anew)
+    if previous != identity:
+        raise _other_identity(run, previous)
 
 
-def finished_report(output: Path, step: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of an output that was finished by the same step with the same identity."""
+def _prepare(run: ShardRun, overwrite: bool) -> None:
+    """The unfinished output, empty or with shards of the same identity."""
+    previous = run.place.identity()
+    anew = previous != _full_identity(run)
+    if anew and previous is not None and not overwrite and run.place.store.has_markers():
+        raise _other_identity(run, previous)
+    _enter(run, anew)
+    run.place.clear()
+
+
+def finished_report(
+    output: Path, step: str, identity: dict[str, Any], marker: str = REPORT_NAME
+) -> dict[str, Any] | None:
+    """The report of an output that was finished by the same step with the same identity.
+
+    Args:
+        output, step, identity, marker: see `open_run`.
+    """
     try:
-        report = json.loads((output / REPORT_NAME).read_bytes())
+        with remote_errors(output), open_binary(output / REPORT_NAME) as file:
+            report = json.loads(file.read())
+        if marker != REPORT_NAME and not (output / marker).is_file():
+            return None  # a store gets it last
     except (OSError, ValueError):
         return None
     if not isinstance(report, dict) or report.get("step") != step:
@@ -319,14 +336,10 @@ def finished_report(output: Path, step: str, identity: dict[str, Any]) -> dict[s
     return report
 
 
-def tidy_output(output: Path) -> None:
-    """Remove what only an unfinished run needs; a run killed right after its last rename has it."""
-    shutil.rmtree(output / _DONE_FOLDER, ignore_errors=True)
-    (output / _RUN_NAME).unlink(missing_ok=True)
-
-
-def complete_shard(folder: Path, work: ShardWork, task: ShardTask, advance: Advance) -> ShardResult:
-    """Make one shard in the unfinished folder: files under final names, then its marker.
+def complete_shard(
+    store: ShardStore, work: ShardWork, task: ShardTask, advance: Advance
+) -> ShardResult:
+    """Make one shard and hand it to the store: files under final names, then its marker.
 
     Runs in a worker; also what a task of another scheduler calls.
     """
@@ -338,35 +351,31 @@ def complete_shard(folder: Path, work: ShardWork, task: ShardTask, advance: Adva
         reported += done_bytes
         advance(done_bytes)
 
-    scratch = folder / f".{task.name}.{os.getpid()}.tmp"
-    with full_disk_errors(folder):
+    scratch = store.scratch_for(task.name)
+    with full_disk_errors(store.scratch):
         shutil.rmtree(scratch, ignore_errors=True)  # of a machine that died at this task
-        scratch.mkdir()
+        scratch.mkdir(parents=True)
         try:
             result = work(task, scratch, count)
             for path in sorted(scratch.iterdir()):
                 result.files[path.name] = FileRecord(path.stat().st_size, file_checksum(path))
-                fsync_path(path)
-                os.replace(path, folder / path.name)
-            fsync_path(folder)
+                store.keep(path)
             content = json.dumps({"shard": task.name, **asdict(result)}, ensure_ascii=False)
-            write_file(_marker_path(folder, task.name), content.encode("utf-8", "backslashreplace"))
+            store.put_marker(task.name, content.encode("utf-8", "backslashreplace"))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     advance(task.size - reported)
     return result
 
 
-def load_marker(folder: Path, name: str) -> ShardResult | None:
+def load_marker(store: ShardStore, name: str) -> ShardResult | None:
     """The result of a finished shard, or None when it is not there whole."""
     try:
-        result = ShardResult.from_json(json.loads(_marker_path(folder, name).read_bytes()))
+        result = ShardResult.from_json(json.loads(store.marker(name)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    for file, record in result.files.items():
-        path = folder / file
-        if not path.is_file() or path.stat().st_size != record.bytes:
-            return None
+    if any(store.size(file) != record.bytes for file, record in result.files.items()):
+        return None
     return result
 
 
@@ -386,66 +395,19 @@ def check_workers(workers: int) -> None:
         )
 
 
-def _marker_path(folder: Path, name: str) -> Path:
-    return folder / _DONE_FOLDER / f"{name}.json"
-
-
-def _prepare(run: ShardRun, overwrite: bool) -> None:
-    """The unfinished folder, empty or with shards of the same identity."""
-    identity, previous = _full_identity(run), _previous_identity(run.folder)
-    if previous != identity:
-        if previous is not None and not overwrite and _has_markers(run.folder):
-            raise _other_identity(run, previous, identity)
-        shutil.rmtree(run.folder, ignore_errors=True)
-        with disk_errors(run.folder):
-            (run.folder / _DONE_FOLDER).mkdir(parents=True)
-            content = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
-            write_file(run.folder / _RUN_NAME, content.encode())
-    _remove_scratch(run.folder)
-    shutil.rmtree(run.folder.with_suffix(".old"), ignore_errors=True)
-
-
 def _full_identity(run: ShardRun) -> Any:
     identity = {"format": "megascale-run", "version": _VERSION, "step": run.step, **run.identity}
     return json.loads(json.dumps(identity))
 
 
-def _previous_identity(folder: Path) -> Any:
-    """What an unfinished folder was begun with; None: nothing was finished, it comes first."""
-    try:
-        return json.loads((folder / _RUN_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _has_markers(folder: Path) -> bool:
-    return any((folder / _DONE_FOLDER).glob("*.json"))
-
-
-def _leave(folder: Path) -> None:
-    """After a run that did not finish: keep what can be continued, remove the rest."""
-    if not _has_markers(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    _remove_scratch(folder)
-
-
-def _remove_scratch(folder: Path) -> None:
-    """What workers that were killed left: shards they were at, and half-written markers."""
-    for entry in folder.glob(".*.tmp"):
-        shutil.rmtree(entry, ignore_errors=True)
-    for entry in folder.glob(f"{_DONE_FOLDER}/.*.tmp"):
-        entry.unlink(missing_ok=True)
-
-
-def _other_identity(run: ShardRun, previous: Any, identity: dict[str, Any]) -> UserError:
-    before = _flat(previous)
-    now = _flat(identity)
+def _other_identity(run: ShardRun, previous: Any) -> UserError:
+    before, now = _flat(previous), _flat(_full_identity(run))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     values = "; ".join(
         f"{name}: {before.get(name)} before, now {now.get(name)}" for name in changed
     )
     return UserError(
-        f"{run.folder} holds an unfinished run that differs: {values}",
+        f"{run.place.where} holds an unfinished run that differs: {values}",
         rule="shards of one output come from one input, with one set of options",
         remedy="run it with the former ones to continue, or add --overwrite to begin anew",
     )

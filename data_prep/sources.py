@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import ast
 import difflib
+import io
 import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import fsspec
 import orjson
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 from data_prep.byte_range import open_range
+from data_prep.outputs import RUN_NAME
+from data_prep.records import SHARD_SUFFIX, unfinished_folder
+from data_prep.report import REPORT_NAME
 from data_prep.zstd_stream import open_zstd
 from megascale.errors import UserError
 
@@ -35,7 +40,6 @@ _KINDS: dict[str, FileKind] = {
     ".arrow": "arrow",
     ".bin": "tokens",
 }
-_SHARD_SUFFIX, _REPORT_NAME = ".jsonl.zst", "report.json"  # of shards of documents
 _HF_STATE = "state.json"  # of a dataset that was saved by Hugging Face's save_to_disk
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -69,10 +73,21 @@ class InputFile:
     def open(self, decompress: bool = True) -> BinaryIO:
         """Open for reading bytes; `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way."""
         if self.stop is not None:
-            return open_range(self.filesystem.open(self.path, "rb"), self.start, self.stop)
+            return open_range(self._plain(), self.start, self.stop)
         if decompress and self.path.endswith(".zst"):
-            return open_zstd(self.filesystem.open(self.path, "rb"))
-        return self.filesystem.open(self.path, "rb", compression="infer" if decompress else None)
+            return open_zstd(self._plain())
+        if decompress and self.path.endswith(COMPRESSED_SUFFIXES):
+            return self.filesystem.open(self.path, "rb", compression="infer")
+        return self._plain()
+
+    def _plain(self) -> BinaryIO:
+        """The bytes as they lie there."""
+        if isinstance(self.filesystem, LocalFileSystem):
+            return open(self.path, "rb")
+        stream: Any = self.filesystem.open(self.path, "rb")
+        # files of stores read lines without a limit only, and byte by byte
+        buffered = isinstance(stream, io.BufferedIOBase)
+        return cast(BinaryIO, stream if buffered else io.BufferedReader(stream))
 
 
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
@@ -140,7 +155,9 @@ def unreadable(name: str, error: Exception) -> UserError:
 
 def _named_files(item: str) -> list[InputFile]:
     try:
-        filesystem, path = fsspec.core.url_to_fs(item)
+        # A listing that is remembered does not show what another process wrote.
+        options = {"use_listings_cache": False} if "://" in item else {}
+        filesystem, path = fsspec.core.url_to_fs(item, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"--input {item} needs a file system that is not installed: {error}",
@@ -189,9 +206,11 @@ def _folder_files(filesystem: Any, folder: str) -> list[str]:
     """
     found = [path for path in sorted(filesystem.find(folder)) if not _hidden(path, folder)]
     names = set(found)
-    own = [p for p in found if p.endswith(_SHARD_SUFFIX) and p.rpartition("/")[0] == folder]
-    if own and f"{folder}/{_REPORT_NAME}" in names:
+    own = [p for p in found if p.endswith(SHARD_SUFFIX) and p.rpartition("/")[0] == folder]
+    if own and f"{folder}/{REPORT_NAME}" in names:
         return own
+    if filesystem.isfile(f"{folder}/{RUN_NAME}"):
+        raise unfinished_folder(filesystem.unstrip_protocol(folder))
     tokens = [p for p in found if p.endswith(".bin") and p.removesuffix(".bin") + ".idx" in names]
     if tokens:
         return tokens

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
@@ -23,6 +22,7 @@ from data_prep.shard_runner import (
     open_run,
 )
 from megascale.data.atomic_files import file_checksum
+from megascale.data.places import location, open_binary, remote_errors
 from megascale.errors import UserError
 
 Counts = dict[str, Any]
@@ -35,7 +35,7 @@ class Step:
 
     Attributes:
         name: for messages and the report.
-        output: the folder to make.
+        output: the folder to make, or its URL.
         identity: see `open_run`.
         tasks, work: see `ShardRun.run`.
         summary: further entries of the report, out of what the shards gave; may refuse.
@@ -72,7 +72,8 @@ def run_step(
     check_workers(workers)
     if report := finished_report(step.output, step.name, step.identity):
         return StepResult(report, already_done=True)
-    with open_run(step.output, step.name, step.identity, REPORT_NAME, overwrite, share) as run:
+    identity, aside = step.identity, step.subfolder
+    with open_run(step.output, step.name, identity, REPORT_NAME, overwrite, share, aside) as run:
         outcome = run.run(step.tasks, step.work, workers)
         more = step.summary(outcome)
         files = {
@@ -80,27 +81,21 @@ def run_step(
             for result in outcome.results.values()
             for name, record in result.files.items()
         }
-        _move_aside(run.folder, step.subfolder)
         run.finish(outcome, {**more, "files": files})
     return StepResult(read_report(step.output))
 
 
-def _move_aside(folder: Path, name: str) -> None:
-    for path in sorted(folder.glob(f"{name}_*")) if name else ():
-        (folder / name).mkdir(exist_ok=True)
-        path.rename(folder / name / path.name.removeprefix(f"{name}_"))
-
-
 def read_report(folder: Path) -> Counts:
     """The report of a finished output of this version."""
-    content: Counts = orjson.loads((folder / REPORT_NAME).read_bytes())
+    with open_binary(folder / REPORT_NAME) as file:
+        content: Counts = orjson.loads(file.read())
     return content
 
 
 def tasks_of_shards(folder: Path) -> list[ShardTask]:
-    """One task a shard of a folder of documents; its content is the shard's path."""
+    """One task a shard of a folder of documents; its content is the shard's path or URL."""
     return [
-        ShardTask(shard_name(path), path.stat().st_size, os.path.abspath(path))
+        ShardTask(shard_name(path), path.stat().st_size, location(path))
         for path in shard_paths(folder)
     ]
 
@@ -111,7 +106,8 @@ def shards_fingerprint(folder: Path) -> str:
     Checksums are taken from the report of the step that wrote them, where sizes still agree.
     """
     try:
-        known = read_report(folder).get("files", {})
+        with remote_errors(folder):
+            known = read_report(folder).get("files", {})
     except (OSError, ValueError):
         known = {}
     digest = xxhash.xxh3_128()
@@ -129,7 +125,7 @@ def check_apart(source: Path, output: Path) -> None:
     Raises:
         UserError: it does.
     """
-    inner, outer = Path(os.path.abspath(source)), Path(os.path.abspath(output))
+    inner, outer = (PurePosixPath(location(path)) for path in (source, output))
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UserError(
             f"--output {output} and --input {source} lie in one another",

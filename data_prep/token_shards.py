@@ -138,10 +138,13 @@ class _Documents:
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, lengths = self._encoder.encode(texts)
         self._check.sample(texts, ids, lengths)
-        tokens = np.full(len(ids) + len(texts), self._eod_id, dtype=ids.dtype)
-        text = np.ones(len(tokens), dtype=bool)
-        text[np.cumsum(lengths + 1) - 1] = False
-        tokens[text] = ids
+        tokens = np.empty(len(ids) + len(texts), dtype=ids.dtype)
+        ends = np.cumsum(lengths)
+        tokens[ends + np.arange(len(texts))] = self._eod_id
+        begin = 0
+        for number, end in enumerate(ends.tolist()):
+            tokens[begin + number : end + number] = ids[begin:end]
+            begin = end
         return tokens, lengths + 1, np.ones(len(texts), dtype=np.int64)
 
 
@@ -195,7 +198,8 @@ def _utf8_length(text: str) -> int:
 
 
 def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
-    if tokens.size and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
+    below = tokens.dtype.kind == "i" and tokens.size and int(tokens.min()) < 0
+    if tokens.size and (below or int(tokens.max()) >= vocab_size):
         raise UserError(
             f"the tokenizer gave the id {int(tokens.max())}",
             rule=f"its vocabulary has {vocab_size} ids",

@@ -17,7 +17,9 @@ from data_prep.outputs import check_output_folder, may_replace
 from data_prep.skips import SkipReport
 from data_prep.sources import InputFile, describe_source, find_inputs
 from data_prep.wordpiece import BERT_TOKENS, add_bert_tokens, train_wordpiece
-from megascale.data.atomic_files import new_folder, write_file
+from data_prep.workplace import new_output
+from megascale.data.atomic_files import write_file
+from megascale.data.places import open_binary, remote_errors
 from megascale.data.tokenizer import END_OF_DOCUMENT, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from megascale.errors import UserError
 
@@ -105,7 +107,9 @@ def train_tokenizer(
     skips = SkipReport()
     documents = iterate_documents(files, options.documents, options.text_key, skips)
     documents = itertools.chain([first_document_or_refuse(documents, skips)], documents)
-    with new_folder(output, lambda path: overwrite and may_replace(path, RECIPE_NAME)) as folder:
+    with new_output(
+        output, RECIPE_NAME, lambda path: overwrite and may_replace(path, RECIPE_NAME)
+    ) as folder:
         trainers: dict[TokenizerKind, Callable[..., None]] = {
             TokenizerKind.BPE: _train_bpe,
             TokenizerKind.WORDPIECE: partial(_train_wordpiece, files=files),
@@ -131,7 +135,8 @@ def _recipe(options: TrainTokenizerOptions, source: dict[str, Any]) -> dict[str,
 
 def _finished_before(output: Path, recipe: dict[str, Any]) -> bool:
     try:
-        previous = json.loads((output / RECIPE_NAME).read_bytes())
+        with remote_errors(output), open_binary(output / RECIPE_NAME) as file:
+            previous = json.loads(file.read())
     except (OSError, ValueError):
         return False
     if not isinstance(previous, dict) or not isinstance(previous.get("source"), dict):

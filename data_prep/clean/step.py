@@ -23,6 +23,7 @@ from data_prep.step import (
     tasks_of_shards,
 )
 from megascale.data.atomic_files import file_checksum
+from megascale.data.places import as_path
 from megascale.errors import UserError
 
 REJECTED = "rejected"
@@ -134,7 +135,7 @@ class _Clean:
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
         cleaner = Cleaner(self.options.chosen)
         augment, augmented = self.options.augment, 0
-        path = Path(task.content)
+        path = as_path(task.content)
         with ExitStack() as stack:
             kept = stack.enter_context(ShardWriter(folder / path.name))
             aside = self._aside(stack, folder / f"{REJECTED}_{path.name}")

@@ -1,31 +1,24 @@
-"""The commands `read`, `clean`, `dedup`, `decontaminate` and `run`."""
+"""The commands `read`, `clean`, `dedup`, `decontaminate` and `run`.
+
+Each imports its step when it is called: all of them take twice as long as the one that is used.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_prep.clean.augment import Augment
-from data_prep.clean.step import CleanOptions, prepare_clean
-from data_prep.dedup.decontaminate import Action, DecontaminateOptions, prepare_decontaminate
-from data_prep.dedup.signatures import DedupOptions, NearOptions
-from data_prep.dedup.step import DedupRun, dedup
+from data_prep.choices import Action, Executor
 from data_prep.documents import DocumentUnit
 from data_prep.input_shards import parse_size
-from data_prep.read.options import FormatOptions
-from data_prep.read.step import ReadOptions, named_inputs, prepare_read
-from data_prep.recipe.load import load_recipe
-from data_prep.recipe.phases import RunAs
-from data_prep.recipe.problems import build
-from data_prep.recipe.rules import rules_from_options
-from data_prep.recipe.run import run_recipe, step_lines, summary_lines
-from data_prep.scale_out import Executor, SlurmOptions, run_on_datatrove
-from data_prep.step import StepResult, run_step
 from data_prep.worker_pool import available_cpus
-from megascale.config.problems import ConfigError
-from megascale.config.yaml_text import parse_yaml
+from megascale.data.places import as_path
+
+if TYPE_CHECKING:
+    from data_prep.clean.augment import Augment
+    from data_prep.step import StepResult
 
 Inputs = Annotated[
     list[str],
@@ -36,8 +29,15 @@ Inputs = Annotated[
         "May be given several times.",
     ),
 ]
-Source = Annotated[Path, typer.Option("--input", help="Folder of documents, from `read`.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+Source = Annotated[
+    Path,
+    typer.Option(
+        "--input", parser=as_path, metavar="PATH", help="Folder of documents, from `read`."
+    ),
+]
+Output = Annotated[
+    Path, typer.Option("--output", parser=as_path, metavar="PATH", help="Folder to make.")
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="Processes; one a processor if not given.")
 ]
@@ -76,7 +76,13 @@ def read_command(
         bool, typer.Option("--extract-html", help="The texts are HTML: keep their main text.")
     ] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="For .bin/.idx: turns ids back to text.")
+        Path | None,
+        typer.Option(
+            "--tokenizer",
+            parser=as_path,
+            metavar="PATH",
+            help="For .bin/.idx: turns ids back to text.",
+        ),
     ] = None,
     max_document: Annotated[
         str, typer.Option("--max-document", help="Longer documents are skipped.")
@@ -88,6 +94,10 @@ def read_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Read files of any kind into shards of documents (zstd-compressed JSON lines)."""
+    from data_prep.read.options import FormatOptions
+    from data_prep.read.step import ReadOptions, named_inputs, prepare_read
+    from data_prep.step import run_step
+
     form = FormatOptions(
         documents,
         text_key,
@@ -123,6 +133,10 @@ def clean_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Repair, normalise, filter and scrub documents, each rule counted per source."""
+    from data_prep.clean.step import CleanOptions, prepare_clean
+    from data_prep.recipe.rules import rules_from_options
+    from data_prep.step import run_step
+
     chosen = rules_from_options(rules) if rules else None
     options = CleanOptions(chosen, _augment(augment), keep_rejected)
     step = prepare_clean(source, output, options)
@@ -152,6 +166,9 @@ def dedup_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Remove documents and lines that occurred before, in any shard."""
+    from data_prep.dedup.signatures import DedupOptions, NearOptions
+    from data_prep.dedup.step import DedupRun, dedup
+
     options = DedupOptions(
         exact, NearOptions(threshold, ngram, bins) if near else None, lines, min_line
     )
@@ -191,6 +208,10 @@ def decontaminate_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Remove text of evaluation sets, found by n-grams of words."""
+    from data_prep.dedup.decontaminate import DecontaminateOptions, prepare_decontaminate
+    from data_prep.read.step import named_inputs
+    from data_prep.step import run_step
+
     options = DecontaminateOptions(
         ngram=ngram,
         min_words=min_words,
@@ -207,9 +228,14 @@ def decontaminate_command(
 
 
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML file, as in configs/data.")],
+    recipe: Annotated[
+        Path, typer.Argument(parser=as_path, metavar="PATH", help="YAML file, as in configs/data.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="In place of the recipe's own.")
+        Path | None,
+        typer.Option(
+            "--output", parser=as_path, metavar="PATH", help="In place of the recipe's own."
+        ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe.")] = False,
     executor: Annotated[
@@ -227,11 +253,17 @@ def run_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Run several steps as one; a second run goes on where the first one ended."""
+    from data_prep.recipe.load import load_recipe
+    from data_prep.recipe.phases import RunAs
+    from data_prep.recipe.run import run_recipe, summary_lines
+
     loaded = load_recipe(recipe, output)
     if check:
         print(f"{recipe} is right: {', '.join(step.name for step in loaded.steps)}")
         return
     if executor is not None:
+        from data_prep.scale_out import SlurmOptions, run_on_datatrove
+
         slurm = SlurmOptions(partition, time, memory_gb, qos)
         run_on_datatrove(recipe, loaded, executor, tasks, _count(workers), slurm, overwrite)
         return
@@ -246,6 +278,11 @@ def _count(workers: int | None) -> int:
 def _augment(text: str | None) -> Augment | None:
     if text is None:
         return None
+    from data_prep.clean.augment import Augment
+    from data_prep.recipe.problems import build
+    from megascale.config.problems import ConfigError
+    from megascale.config.yaml_text import parse_yaml
+
     value, problems = parse_yaml(text, "--augment")
     augment, found = build(Augment, value, "--augment")
     if problems or found:
@@ -254,6 +291,8 @@ def _augment(text: str | None) -> Augment | None:
 
 
 def _tell(output: Path, result: StepResult) -> None:
+    from data_prep.recipe.run import step_lines
+
     if result.already_done:
         print(f"already done: {output} was made of this input with these options")
     for line in step_lines(result.report):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from data_prep.datasets.copying import save_tokenizer, text_bytes_of
+from data_prep.datasets.opening import check_one_side, replaceable_dataset
 from data_prep.datasets.token_checks import shard_problems
-from data_prep.outputs import check_output_folder, may_replace
-from megascale.data.atomic_files import file_checksum, new_folder
+from data_prep.local_copies import local_pair
+from data_prep.outputs import check_output_folder
+from data_prep.workplace import new_output
+from megascale.data.atomic_files import file_checksum
 from megascale.data.manifest import (
     MANIFEST_NAME,
     DatasetManifest,
     ShardRecord,
     TokenizerRecord,
 )
+from megascale.data.places import relative_to
 from megascale.data.token_file import TokenFile
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
@@ -46,8 +50,14 @@ def adopt(
         eod_id=None if bert else tokenizer.eod_id,
         special_ids=tokenizer.require_bert_tokens().ids if bert else {},
     )
+    check_one_side([*prefixes, output])
     check_output_folder(output, MANIFEST_NAME, overwrite)
-    shards = [_shard(prefix, record, tokenizer, output) for prefix in prefixes]
+    shards = []
+    for prefix in prefixes:
+        if prefix.suffix in (".bin", ".idx"):
+            prefix = prefix.with_suffix("")
+        with local_pair(prefix) as near:
+            shards.append(_shard(prefix, near, record, tokenizer, output))
     manifest = DatasetManifest(
         mode="bert" if bert else "gpt",
         tokenizer=record,
@@ -55,18 +65,18 @@ def adopt(
         source={"adopted": [str(prefix) for prefix in prefixes]},
         recipe={"step": "adopt"},
     )
-    with new_folder(output, lambda path: overwrite and may_replace(path, MANIFEST_NAME)) as folder:
+    replaceable = partial(replaceable_dataset, overwrite)
+    with new_output(output, MANIFEST_NAME, replaceable) as folder:
         save_tokenizer(tokenizer, folder / record.folder)
         manifest.save(folder)
     return manifest
 
 
 def _shard(
-    prefix: Path, record: TokenizerRecord, tokenizer: Tokenizer, output: Path
+    prefix: Path, near: Path, record: TokenizerRecord, tokenizer: Tokenizer, output: Path
 ) -> ShardRecord:
-    if prefix.suffix in (".bin", ".idx"):
-        prefix = prefix.with_suffix("")
-    shard = TokenFile(prefix)
+    """The record of the pair at `prefix`, of which `near` is the local copy or itself."""
+    shard = TokenFile(near)
     shard.check_index()
     problems = shard_problems(shard, record)
     if problems:
@@ -75,10 +85,9 @@ def _shard(
             rule="the ids must be those of the tokenizer that is given with them",
             remedy="give the tokenizer that made them (--bert for files of sentences)",
         )
-    folder = os.path.relpath(os.path.abspath(prefix.parent), os.path.abspath(output))
     return ShardRecord(
         prefix=prefix.name,
-        folder=folder,
+        folder=relative_to(prefix.parent, output),
         bin_bytes=shard.bin_path.stat().st_size,
         idx_bytes=shard.idx_path.stat().st_size,
         bin_xxh3=file_checksum(shard.bin_path),

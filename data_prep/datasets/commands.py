@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_prep.datasets.split import REST, Part, reshard_parts, split_parts, write_parts
 from data_prep.worker_pool import available_cpus
-from megascale.data.atomic_files import write_file
-from megascale.data.manifest import DatasetManifest
+from megascale.data.places import as_path, is_remote
 from megascale.errors import UserError
 
-Dataset = Annotated[Path, typer.Argument(help="A prepared dataset's folder.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+if TYPE_CHECKING:
+    from data_prep.datasets.split import Part
+    from megascale.data.manifest import DatasetManifest
+
+Dataset = Annotated[
+    Path, typer.Argument(parser=as_path, metavar="PATH", help="A prepared dataset's folder.")
+]
+Output = Annotated[
+    Path, typer.Option("--output", parser=as_path, metavar="PATH", help="Folder to make.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="Processes; one a processor if not given.")
@@ -25,7 +31,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 
 
 def merge_command(
-    inputs: Annotated[list[Path], typer.Option("--input", help="A dataset; two or more.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Option("--input", parser=as_path, metavar="PATH", help="A dataset; two or more."),
+    ],
     output: Output,
     overwrite: Overwrite = False,
 ) -> None:
@@ -55,6 +64,8 @@ def split_command(
 
     Give --fraction, or --documents, once a part, or --shards.
     """
+    from data_prep.datasets.split import write_parts
+
     parts = _parts(dataset, fractions, documents, shards)
     made = write_parts(dataset, output, parts, workers or available_cpus(), overwrite)
     if made is None:
@@ -65,9 +76,17 @@ def split_command(
 
 def adopt_command(
     prefixes: Annotated[
-        list[Path], typer.Option("--input", help="Prefix of a .bin/.idx pair; one or more.")
+        list[Path],
+        typer.Option(
+            "--input",
+            parser=as_path,
+            metavar="PATH",
+            help="Prefix of a .bin/.idx pair; one or more.",
+        ),
     ],
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="What made the ids.")],
+    tokenizer: Annotated[
+        Path, typer.Option("--tokenizer", parser=as_path, metavar="PATH", help="What made the ids.")
+    ],
     output: Output,
     bert: Annotated[bool, typer.Option("--bert", help="A sequence is a sentence.")] = False,
     overwrite: Overwrite = False,
@@ -79,7 +98,12 @@ def adopt_command(
 
 
 def inspect_command(
-    dataset: Annotated[Path, typer.Argument(help="A dataset's folder, or a Megatron prefix.")],
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            parser=as_path, metavar="PATH", help="A dataset's folder, or a Megatron prefix."
+        ),
+    ],
     document: Annotated[
         int | None, typer.Option("--document", help="Print the text of this document.")
     ] = None,
@@ -147,8 +171,10 @@ def repair_command(
 
 
 def diff_command(
-    first: Annotated[Path, typer.Argument(help="A dataset or Megatron prefix.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    first: Annotated[
+        Path, typer.Argument(parser=as_path, metavar="PATH", help="A dataset or Megatron prefix.")
+    ],
+    second: Annotated[Path, typer.Argument(parser=as_path, metavar="PATH", help="Another.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare two datasets; exit code 1 when their documents differ."""
@@ -168,10 +194,45 @@ def diff_command(
         sys.exit(1)
 
 
+def fetch_command(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            parser=as_path, metavar="URL", help="A dataset, or Megatron prefix, in a store."
+        ),
+    ],
+    cache_dir: Annotated[
+        Path,
+        typer.Option("--cache-dir", help="Local folder of copies, as data.cache_dir."),
+    ],
+) -> None:
+    """Copy a dataset of an object store to this machine, checked, before a training asks for it."""
+    from megascale.data.dataset_cache import cached_dataset
+
+    if not is_remote(dataset):
+        raise UserError(
+            f"{dataset} is on this machine",
+            rule="only datasets in an object store are copied",
+            remedy="train on it as it is",
+        )
+    print(cached_dataset(dataset, cache_dir))
+
+
 def stats_command(
-    dataset: Annotated[Path, typer.Argument(help="A dataset's folder, or a Megatron prefix.")],
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            parser=as_path, metavar="PATH", help="A dataset's folder, or a Megatron prefix."
+        ),
+    ],
     page: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with tables and plots here.")
+        Path | None,
+        typer.Option(
+            "--html",
+            parser=as_path,
+            metavar="PATH",
+            help="Write a page with tables and plots here.",
+        ),
     ] = None,
 ) -> None:
     """Print statistics as JSON, or write them as a page that needs no network."""
@@ -182,6 +243,8 @@ def stats_command(
     if page is None:
         _print_json(stats)
         return
+    from megascale.data.atomic_files import write_file
+
     write_file(page, stats_page(stats).encode("utf-8", "backslashreplace"))
     print(f"wrote {page}")
 
@@ -196,6 +259,7 @@ def with_dataset_commands(app: typer.Typer) -> typer.Typer:
         ("verify", verify_command),
         ("repair", repair_command),
         ("diff", diff_command),
+        ("fetch", fetch_command),
         ("stats", stats_command),
     ):
         app.command(name)(command)
@@ -214,6 +278,8 @@ def _parts(
             rule="exactly one of them says how to split",
             remedy="for example --fraction 0.98 --fraction 0.02",
         )
+    from data_prep.datasets.split import REST, reshard_parts, split_parts
+
     if shards is not None:
         return reshard_parts(dataset, shards)
     wrong = [given for given in documents or () if given != "rest" and not given.isdecimal()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.datasets.opening import open_corpus
 from data_prep.progress import Advance
 from data_prep.shard_runner import ShardResult, ShardTask
 from megascale.data.corpus import TokenCorpus
@@ -35,7 +36,7 @@ class CopyDocuments:
 
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
         """Write `task.name` into `folder`."""
-        corpus = TokenCorpus.open(self.path)
+        corpus = open_corpus(self.path)
         wanted: DocumentRange = task.content
         counts = {"documents": wanted.stop - wanted.start, "tokens": 0, "utf8_bytes": 0}
         with TokenFileWriter(folder / task.name, corpus.token_files[0].dtype) as writer:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.datasets.opening import open_corpus
 from megascale.data.corpus import TokenCorpus
 
 _SHOWN_TOKENS = 12
@@ -25,7 +26,7 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
     Raises:
         UserError: one cannot be opened.
     """
-    ours, theirs = TokenCorpus.open(first), TokenCorpus.open(second)
+    ours, theirs = open_corpus(first), open_corpus(second)
     differences = _kinds(ours, theirs)
     hashes = [_document_hashes(corpus) for corpus in (ours, theirs)]
     result: dict[str, Any] = {"same": False, "differences": differences}

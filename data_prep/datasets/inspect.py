@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megascale.data.corpus import TokenCorpus
+from data_prep.datasets.opening import open_corpus
 from megascale.errors import UserError
 
 
@@ -15,7 +15,7 @@ def inspect_dataset(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be opened.
     """
-    corpus = TokenCorpus.open(path)
+    corpus = open_corpus(path)
     shards = [
         {
             "prefix": shard.prefix,
@@ -55,7 +55,7 @@ def document_text(path: Path, number: int) -> str:
     Raises:
         UserError: there is no such document.
     """
-    corpus = TokenCorpus.open(path)
+    corpus = open_corpus(path)
     if not 0 <= number < corpus.num_documents:
         raise UserError(
             f"--document {number} of {path}",

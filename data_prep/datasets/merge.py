@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from data_prep.datasets.copying import described, save_tokenizer
-from data_prep.datasets.opening import check_same_kind, open_with_manifest
-from data_prep.outputs import check_output_folder, may_replace
-from megascale.data.atomic_files import new_folder
+from data_prep.datasets.opening import (
+    check_one_side,
+    check_same_kind,
+    open_with_manifest,
+    replaceable_dataset,
+)
+from data_prep.outputs import check_output_folder
+from data_prep.workplace import new_output
 from megascale.data.manifest import MANIFEST_NAME, DatasetManifest, ShardRecord
+from megascale.data.places import as_path, is_remote, relative_to
+from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UserError
 
 
@@ -25,14 +32,14 @@ def merge(inputs: Sequence[Path], output: Path, overwrite: bool = False) -> Data
         UserError: an input cannot be opened, two of them are the same or do not fit together, or
             the output is taken.
     """
-    opened = {str(path): open_with_manifest(path) for path in inputs}
-    if len(opened) < 2:
+    check_one_side([*inputs, output])
+    manifests = {str(path): _manifest(path) for path in inputs}
+    if len(manifests) < 2:
         raise UserError(
-            f"{len(opened)} dataset to merge",
+            f"{len(manifests)} dataset to merge",
             rule="at least two different ones make a merge",
             remedy="give --input several times",
         )
-    manifests = {path: manifest for path, (_, manifest) in opened.items()}
     check_same_kind(manifests)
     _check_different(manifests)
     check_output_folder(output, MANIFEST_NAME, overwrite)
@@ -44,17 +51,17 @@ def merge(inputs: Sequence[Path], output: Path, overwrite: bool = False) -> Data
         mode=first.mode,
         tokenizer=first.tokenizer.model_copy(update={"folder": "tokenizer"}),
         shards=[
-            _moved(shard, Path(path), output)
+            _moved(shard, as_path(path), output)
             for path, manifest in manifests.items()
             for shard in manifest.shards
         ],
-        source={"merged": [described(m, Path(path)) for path, m in manifests.items()]},
+        source={"merged": [described(m, as_path(path)) for path, m in manifests.items()]},
         recipe={"step": "merge"},
         skipped=dict(skipped),
     )
-    tokenizer = next(iter(opened.values()))[0].tokenizer
-    assert tokenizer is not None
-    with new_folder(output, lambda path: overwrite and may_replace(path, MANIFEST_NAME)) as folder:
+    tokenizer = load_tokenizer(inputs[0] / first.tokenizer.folder)
+    replaceable = partial(replaceable_dataset, overwrite)
+    with new_output(output, MANIFEST_NAME, replaceable) as folder:
         save_tokenizer(tokenizer, folder / "tokenizer")
         merged.save(folder)
     return merged
@@ -62,9 +69,13 @@ def merge(inputs: Sequence[Path], output: Path, overwrite: bool = False) -> Data
 
 def _moved(shard: ShardRecord, dataset: Path, output: Path) -> ShardRecord:
     """The record as seen from `output`."""
-    folder = os.path.abspath(shard.path(dataset).parent)
-    relative = os.path.relpath(folder, os.path.abspath(output))
-    return shard.model_copy(update={"folder": relative})
+    folder = relative_to(shard.path(dataset).parent, output)
+    return shard.model_copy(update={"folder": folder})
+
+
+def _manifest(path: Path) -> DatasetManifest:
+    """Of a store the manifest and the sizes of its files are read; a local one is opened."""
+    return DatasetManifest.load(path) if is_remote(path) else open_with_manifest(path)[1]
 
 
 def _check_different(manifests: dict[str, DatasetManifest]) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.datasets.copying import save_tokenizer, shard_records, text_bytes_of
+from data_prep.local_copies import local_mirror
 from data_prep.progress import Advance
 from data_prep.shard_runner import RunOutcome, ShardResult, ShardTask, open_run
 from megascale.data.atomic_files import file_checksum
 from megascale.data.manifest import MANIFEST_NAME, DatasetManifest, ShardRecord, TokenizerRecord
+from megascale.data.places import absolute, location
 from megascale.data.token_file import TokenFileWriter, bin_path, idx_path, read_index, token_dtype
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UserError
@@ -80,21 +82,29 @@ def repair(
     Raises:
         UserError: there is no manifest or tokenizer, nothing is damaged, or nothing is whole.
     """
+    with local_mirror(dataset) as copy:
+        return _repair(absolute(copy), output, workers, overwrite, location(dataset))
+
+
+def _repair(
+    dataset: Path, output: Path, workers: int, overwrite: bool, name: str
+) -> tuple[DatasetManifest, dict[str, Any]]:
+    """Of a local dataset, which is called `name`."""
     manifest = DatasetManifest.read(dataset)
     tokenizer = load_tokenizer(dataset / manifest.tokenizer.folder)
     tasks = [
         ShardTask(f"shard_{number:05}", record.bin_bytes, record)
         for number, record in enumerate(manifest.shards)
     ]
-    identity = {"dataset": manifest.fingerprint, "path": str(dataset.absolute())}
-    work = _RepairShard(dataset.absolute(), manifest.tokenizer)
+    identity = {"dataset": manifest.fingerprint, "path": name}
+    work = _RepairShard(dataset, manifest.tokenizer)
     with open_run(output, "repair", identity, MANIFEST_NAME, overwrite) as run:
         outcome = run.run(tasks, work, workers)
         lost = _lost(manifest, outcome)
         made = DatasetManifest(
             mode=manifest.mode,
             tokenizer=manifest.tokenizer.model_copy(update={"folder": "tokenizer"}),
-            shards=_records_or_refuse(dataset, outcome, lost),
+            shards=_records_or_refuse(name, outcome, lost),
             source=manifest.source,
             recipe={"step": "repair", "lost": lost, "of": manifest.recipe},
             skipped=manifest.skipped,
@@ -117,13 +127,11 @@ def _lost(manifest: DatasetManifest, outcome: RunOutcome) -> dict[str, Any]:
     return lost
 
 
-def _records_or_refuse(
-    dataset: Path, outcome: RunOutcome, lost: dict[str, Any]
-) -> list[ShardRecord]:
+def _records_or_refuse(name: str, outcome: RunOutcome, lost: dict[str, Any]) -> list[ShardRecord]:
     records = shard_records(outcome.results)
     if not lost or not records:
         raise UserError(
-            f"{dataset} has nothing to repair: every shard is {'lost' if lost else 'whole'}",
+            f"{name} has nothing to repair: every shard is {'lost' if lost else 'whole'}",
             rule="a repair keeps the whole documents of a dataset that is damaged in part",
             remedy="tokenise again" if lost else "use it as it is",
         )

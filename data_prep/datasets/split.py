@@ -27,6 +27,7 @@ from data_prep.datasets.opening import open_with_manifest
 from data_prep.shard_runner import ShardTask, finished_report, open_run
 from megascale.data.corpus import TokenCorpus
 from megascale.data.manifest import MANIFEST_NAME, DatasetManifest
+from megascale.data.places import absolute
 from megascale.errors import UserError
 
 REST = -1
@@ -115,14 +116,14 @@ def _write_part(
         "dataset": manifest.fingerprint,
         "documents": [[item.start, item.stop] for item in part.ranges],
     }
-    if finished_report(output, "split", identity) is not None:
+    if finished_report(output, "split", identity, MANIFEST_NAME) is not None:
         return None
     tasks = [
         ShardTask(f"shard_{number:05}", _token_bytes(corpus, item), item)
         for number, item in enumerate(part.ranges)
     ]
     with open_run(output, "split", identity, MANIFEST_NAME, overwrite) as run:
-        outcome = run.run(tasks, CopyDocuments(dataset.absolute()), workers)
+        outcome = run.run(tasks, CopyDocuments(absolute(dataset)), workers)
         made = DatasetManifest(
             mode=manifest.mode,
             tokenizer=manifest.tokenizer.model_copy(update={"folder": "tokenizer"}),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.datasets.opening import open_corpus
 from megascale.data.corpus import TokenCorpus
 from megascale.data.statistics import unigram_counts
 
@@ -20,7 +21,7 @@ def dataset_stats(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be opened.
     """
-    corpus = TokenCorpus.open(path)
+    corpus = open_corpus(path)
     lengths = document_lengths(corpus)
     counts = unigram_counts(corpus, 0, corpus.num_tokens)
     size = corpus.vocab_size or len(counts)

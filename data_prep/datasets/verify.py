@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,16 @@ from data_prep.datasets.token_checks import shard_problems
 from data_prep.documents import DocumentUnit
 from data_prep.encoders import Backend
 from data_prep.input_shards import cut_inputs, default_shard_bytes
+from data_prep.local_copies import local_mirror, temporary_folder
 from data_prep.progress import Advance, progress_of_bytes
 from data_prep.shard_runner import complete_shard
 from data_prep.sources import describe_source, find_inputs
 from data_prep.token_shards import LONGEST_SENTENCE, TokenizeShard
 from data_prep.worker_pool import run_tasks
+from data_prep.workplace import DONE_FOLDER, ShardStore
 from megascale.data.atomic_files import file_checksum
 from megascale.data.manifest import DatasetManifest, ShardRecord, TokenizerRecord
+from megascale.data.places import is_remote
 from megascale.data.token_file import TokenFile, bin_path, idx_path
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UserError
@@ -59,13 +61,16 @@ def verify(dataset: Path, workers: int, deep_shards: int | None = None) -> Verdi
     vocabulary, end-of-document ids at the ends of documents only, the stored tokenizer.
 
     Args:
-        dataset: its folder.
+        dataset: its folder; of a URL, a temporary copy is checked.
         workers: processes.
         deep_shards: tokenise so many shards again from their source, and compare the files.
 
     Raises:
         UserError: there is no manifest that can be read.
     """
+    if is_remote(dataset):
+        with local_mirror(dataset) as copy:
+            return verify(copy, workers, deep_shards)
     manifest = DatasetManifest.read(dataset)
     verdict = Verdict()
     verdict.checked = ["sizes", "xxh3", "index", "counts", "ids", "ends of documents", "tokenizer"]
@@ -162,9 +167,10 @@ def _check_text(dataset: Path, manifest: DatasetManifest, verdict: Verdict, most
     tasks = [task for task in cut_inputs(files, unit, size) if task.name in records]
     step = max(1, len(tasks) // max(most, 1))
     for task in tasks[::step][:most]:
-        with tempfile.TemporaryDirectory(prefix="megascale-verify-") as folder:
-            Path(folder, ".done").mkdir()
-            made = complete_shard(Path(folder), work, task, lambda done: None).files
+        with temporary_folder() as folder:
+            (folder / DONE_FOLDER).mkdir()
+            store = ShardStore(str(folder), folder)
+            made = complete_shard(store, work, task, lambda done: None).files
         wanted = records[task.name]
         verdict.deep += 1
         for suffix, xxh3 in (("bin", wanted.bin_xxh3), ("idx", wanted.idx_xxh3)):

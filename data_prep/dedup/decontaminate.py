@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.choices import Action as Action
 from data_prep.dedup.evaluation_index import EvaluationIndex, Hit
 from data_prep.documents import no_documents
 from data_prep.progress import Advance
@@ -30,17 +30,11 @@ from data_prep.step import (
     sum_nested,
     tasks_of_shards,
 )
+from megascale.data.places import as_path
 from megascale.errors import UserError
 
 REMOVED = "removed"
 _BATCH_BYTES = 1 << 17
-
-
-class Action(str, Enum):
-    """What happens to a document that holds text of an evaluation set."""
-
-    DROP = "drop"
-    CUT = "cut"
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class _Decontaminate:
     options: DecontaminateOptions
 
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
-        path = Path(task.content)
+        path = as_path(task.content)
         sources: Counts = {}
         hits = _SetHits(self.index)
         with ExitStack() as stack:

@@ -11,10 +11,12 @@ import numpy as np
 
 from data_prep.dedup.join import EXACT, KEPT, NEAR
 from data_prep.dedup.signatures import DedupOptions, Signatures, long_lines
+from data_prep.local_copies import local_folder
 from data_prep.progress import Advance
 from data_prep.records import Document, ShardWriter, read_lines
 from data_prep.shard_runner import ShardResult, ShardTask
 from data_prep.step import Counts
+from megascale.data.places import as_path
 
 REMOVED = "removed"
 _KINDS = {EXACT: "exact_duplicate", NEAR: "near_duplicate"}
@@ -36,7 +38,7 @@ class Filter:
 
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
         """Write what stays; documents that do not change are copied as they are, unparsed."""
-        path = Path(task.content)
+        path = as_path(task.content)
         found = _Found.load(self, task.name)
         sources: Counts = {}
         with ExitStack() as stack:
@@ -102,10 +104,12 @@ class _Found:
 
     @classmethod
     def load(cls, work: Filter, name: str) -> _Found:
-        signatures = Signatures.load(Path(work.signed), name)
-        names = (Path(work.signed) / f"{name}.sources.txt").read_text("utf-8").split("\n")
-        fates = np.load(Path(work.joined) / f"{name}.fates.npy", allow_pickle=False)
-        bits = np.load(Path(work.joined) / f"{name}.lines.npy", allow_pickle=False)
+        with local_folder(as_path(work.signed), f"{name}.*") as signed:
+            signatures = Signatures.load(signed, name)
+            names = (signed / f"{name}.sources.txt").read_text("utf-8").split("\n")
+        with local_folder(as_path(work.joined), f"{name}.*") as joined:
+            fates = np.load(joined / f"{name}.fates.npy", allow_pickle=False)
+            bits = np.load(joined / f"{name}.lines.npy", allow_pickle=False)
         return cls(
             fates.tolist(),
             signatures.sizes.tolist(),

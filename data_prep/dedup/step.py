@@ -3,7 +3,6 @@ what was found. Three runs of the frame, so that each can be cut off and taken u
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from data_prep.dedup.filter import REMOVED, Filter
 from data_prep.dedup.join import find_duplicates
 from data_prep.dedup.self_test import self_test
 from data_prep.dedup.signatures import DedupOptions, Signatures, Signer
+from data_prep.local_copies import local_folder
 from data_prep.progress import Advance
 from data_prep.records import read_documents, shard_name, shard_paths
 from data_prep.shard_runner import RunOutcome, ShardResult, ShardTask, finished_report
@@ -30,6 +30,7 @@ from data_prep.step import (
     sum_nested,
     tasks_of_shards,
 )
+from megascale.data.places import as_path, location, remove_file, remove_tree
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def dedup(
         UserError: the input holds no shards, or the output may not be written.
     """
     if finished := finished_dedup(source, output, options, run):
+        remove_intermediate(output)  # an earlier run may have been killed just before this
         return finished
     for prepare in dedup_phases(source, output, options, run):
         result = run_step(prepare(), workers, overwrite)
@@ -91,10 +93,8 @@ def finished_dedup(
 def remove_intermediate(output: Path) -> None:
     """Remove signatures and the list of duplicates, when the output is done."""
     for name in ("signatures", "duplicates"):
-        shutil.rmtree(_beside(output, name), ignore_errors=True)
-        _beside(output, name).with_name(f".{_beside(output, name).name}.lock").unlink(
-            missing_ok=True
-        )
+        remove_tree(_beside(output, name))
+        remove_file(_beside(output, name).with_name(f".{_beside(output, name).name}.lock"))
 
 
 def _beside(output: Path, name: str) -> Path:
@@ -124,7 +124,7 @@ class _Sign:
 
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
         signer = Signer(self.options)
-        documents = (document for _, document in read_documents(Path(task.content)))
+        documents = (document for _, document in read_documents(task.content))
         signatures = signer.sign(documents)
         signatures.save(folder, task.name)
         names = "\n".join(signer.source_names).encode()
@@ -145,7 +145,7 @@ def _prepare_join(
     names = [shard_name(path) for path in shard_paths(source)]
     identity = {**_identity(source, options, run), "self_test": run.self_test}
     size = sum(path.stat().st_size for path in signed.iterdir())
-    task = ShardTask("duplicates", size, (str(source), str(signed), names))
+    task = ShardTask("duplicates", size, (location(source), location(signed), names))
     return Step("dedup search", joined, identity, [task], _Join(options, run), _join_summary)
 
 
@@ -156,8 +156,9 @@ class _Join:
 
     def __call__(self, task: ShardTask, folder: Path, advance: Advance) -> ShardResult:
         source, signed, names = task.content
-        shards = [Signatures.load(Path(signed), name) for name in names]
-        found = find_duplicates(shards, self.options, self.run.memory_bytes)
+        with local_folder(as_path(signed)) as near:
+            shards = [Signatures.load(near, name) for name in names]
+            found = find_duplicates(shards, self.options, self.run.memory_bytes)
         start = 0
         for name, shard, lines in zip(names, shards, found.lines, strict=True):
             np.save(folder / f"{name}.fates.npy", found.fates[start : start + len(shard)])
@@ -166,7 +167,7 @@ class _Join:
         counts = {"compared_pairs": found.compared, "near_pairs": found.near_pairs}
         details: Counts = {}
         if self.run.self_test and (self.options.exact or self.options.near):
-            details["self_test"] = self_test(Path(source), names, self.options)
+            details["self_test"] = self_test(as_path(source), names, self.options)
         return ShardResult(counts, details=details)
 
 
@@ -191,7 +192,7 @@ def _prepare_filter(
         }
     if "self_test" in report:
         found["self_test"] = report["self_test"]
-    work = Filter(options, run.keep_removed, str(signed), str(joined))
+    work = Filter(options, run.keep_removed, location(signed), location(joined))
     return Step(
         "dedup",
         output,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from data_prep.skips import SkipReport
 from data_prep.sources import InputFile
@@ -43,8 +44,7 @@ class FormatOptions:
     tokenizer: Path | None = None
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One document of a file.
 
     Attributes:
@@ -55,7 +55,7 @@ class Item:
     text: str
     position: int = 0
     id: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = MappingProxyType({})
 
 
 class Reader(Protocol):

@@ -198,7 +198,7 @@ class _Read:
         for file in content.files:
             label = content.label(file)
             for _, item in read_items([file], self.options.format, skips):
-                yield Document(item.text, _id(item, label), content.source, item.meta)
+                yield Document(item.text, _id(item, label), content.source, dict(item.meta))
             if len(content.files) > 1:
                 advance(_size_and_version(file)[0])
 

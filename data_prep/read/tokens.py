@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.local_copies import local_pair
 from data_prep.read.options import FormatOptions, Item
 from data_prep.skips import SkipReport
 from data_prep.sources import InputFile
+from megascale.data.places import as_path
 from megascale.data.token_file import TokenFile
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
@@ -24,9 +26,15 @@ def read_tokens(file: InputFile, options: FormatOptions, skips: SkipReport) -> I
     Raises:
         UserError: no tokenizer is known, it does not fit the ids, or the files are damaged.
     """
-    prefix = Path(file.path).with_suffix("")
+    prefix = as_path(file.filesystem.unstrip_protocol(file.path)).with_suffix("")
     tokenizer = load_tokenizer(options.tokenizer or _tokenizer_beside(prefix))
-    tokens = TokenFile(prefix)
+    with local_pair(prefix) as near:
+        yield from _texts(TokenFile(near), tokenizer, file, skips)
+
+
+def _texts(
+    tokens: TokenFile, tokenizer: Tokenizer, file: InputFile, skips: SkipReport
+) -> Iterator[Item]:
     tokens.check_index()
     end = _end_id(tokenizer)
     bounds = [int(index) for index in tokens.document_indices]

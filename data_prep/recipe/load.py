@@ -14,6 +14,7 @@ from data_prep.recipe.rules import one_entry
 from data_prep.recipe.settings import STEPS, StepSettings, TokenizeSettings
 from megascale.config.problems import ABSENT, ConfigError, Problem
 from megascale.config.yaml_text import parse_yaml
+from megascale.data.places import as_path
 from megascale.errors import UserError
 
 _KEYS = ("output", "steps")
@@ -53,14 +54,14 @@ def load_recipe(path: Path, output: Path | None = None) -> Recipe:
     for name in tree:
         if name not in _KEYS:
             problems.append(unknown_name(str(name), name, tree[name], list(_KEYS), "setting"))
-    folder = output or tree.get("output")
-    if not isinstance(folder, str | Path) or not str(folder):
+    folder = tree.get("output") if output is None else str(output)
+    if not isinstance(folder, str) or not folder:
         rule = "must be the folder that the recipe writes into"
         problems.append(Problem("output", tree.get("output", ABSENT), rule, "or give --output"))
     steps, found = _steps(tree.get("steps", ABSENT))
     problems += found
     if not problems:
-        recipe = Recipe(Path(str(folder)), tuple(steps))
+        recipe = Recipe(as_path(str(folder)), tuple(steps))
         problems += _cross_problems(recipe)
     if problems:
         raise ConfigError(problems, str(path))

@@ -11,6 +11,7 @@ from data_prep.recipe.phases import NamedPhase, RunAs
 from data_prep.report import REPORT_NAME
 from data_prep.step import StepResult
 from megascale.data.atomic_files import disk_errors, write_file
+from megascale.data.places import is_remote
 
 TABLE_NAME = "report.txt"
 _COLUMNS = ("documents", "kept", "tokens", "text_bytes")
@@ -51,7 +52,8 @@ def write_report(recipe: Recipe, results: dict[str, StepResult]) -> dict[str, An
         },
     }
     with disk_errors(recipe.output):
-        recipe.output.mkdir(parents=True, exist_ok=True)
+        if not is_remote(recipe.output):
+            recipe.output.mkdir(parents=True, exist_ok=True)
         content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         write_file(recipe.output / REPORT_NAME, content.encode())
         write_file(recipe.output / TABLE_NAME, "\n".join([*summary_lines(report), ""]).encode())

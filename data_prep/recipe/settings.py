@@ -34,6 +34,7 @@ from data_prep.train_tokenizer import (
     train_tokenizer,
 )
 from megascale.config.problems import Problem
+from megascale.data.places import as_path
 
 
 class StepSettings(BaseModel, ABC):
@@ -86,7 +87,7 @@ class ReadSettings(StepSettings):
     meta_keys: tuple[str, ...] = ()
     max_document_bytes: int = Field(default=128 << 20, ge=1)
     extract_html: bool = False
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     shard_bytes: int = Field(default=64 << 20, ge=1)
 
     def phases(self, folder: Path, flow: Flow) -> list[NamedPhase]:
@@ -98,7 +99,7 @@ class ReadSettings(StepSettings):
             self.meta_keys,
             self.max_document_bytes,
             self.extract_html,
-            self.tokenizer,
+            as_path(self.tokenizer) if self.tokenizer else None,
         )
         options = ReadOptions(form, self.shard_bytes)
         prepare = partial(prepare_read, _inputs(self.inputs), folder, options)
@@ -184,10 +185,10 @@ def _dedup_phase(
     last_of: Path | None,
 ) -> Any:
     def run(run_as: RunAs) -> StepResult:
-        if done := finished():
-            return done
-        result = run_step(prepare(), run_as.workers, run_as.overwrite, run_as.share)
-        if last_of is not None:
+        result = finished()
+        if result is None:
+            result = run_step(prepare(), run_as.workers, run_as.overwrite, run_as.share)
+        if last_of is not None:  # an earlier run may have been killed just before this
             remove_intermediate(last_of)
         return result
 
@@ -256,7 +257,7 @@ class TokenizeSettings(StepSettings):
 
     name: ClassVar[str] = "tokenize"
 
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     """None: the one that `train_tokenizer` trained."""
     bert: bool = False
     max_sentence_tokens: int | None = Field(default=None, ge=1)
@@ -270,7 +271,8 @@ class TokenizeSettings(StepSettings):
             max_sentence_tokens=self.max_sentence_tokens,
             shard_bytes=self.shard_bytes,
         )
-        source, tokenizer = _documents(flow), self.tokenizer or flow.tokenizer
+        source = _documents(flow)
+        tokenizer = as_path(self.tokenizer) if self.tokenizer else flow.tokenizer
         assert tokenizer is not None, "the recipe was checked"
 
         def run(run_as: RunAs) -> StepResult:

@@ -20,6 +20,16 @@ def data_is_given(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield Problem("data.path", config.data.path, rule, hint)
 
 
+def remote_data_is_copied(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Token files are mapped into memory, which an object store cannot do."""
+    paths = [*config.data.source_paths, *config.data.validation.values()]
+    remote = [p for p in paths if "://" in p and not p.startswith(("file://", "local://"))]
+    if remote and config.data.cache_dir is None:
+        rule = f"must be given, since {remote[0]} is copied to each machine before it is read"
+        hint = "a folder on the machines' own disks, for example data.cache_dir = /scratch/data"
+        yield Problem("data.cache_dir", None, rule, hint)
+
+
 def isolation_needs_company(config: Config, world_size: int | None) -> Iterator[Problem]:
     """A document that is alone in its sample is isolated already."""
     if config.data.isolate_documents and config.data.packing == "one_document":
@@ -34,6 +44,7 @@ def isolation_needs_company(config: Config, world_size: int | None) -> Iterator[
 
 DATA_CHECKS: tuple[Check, ...] = (
     Check(("data.path", "data.stages"), data_is_given),
+    Check(("data.cache_dir", "data.path", "data.stages", "data.validation"), remote_data_is_copied),
     Check(("data.isolate_documents", "data.packing"), isolation_needs_company),
     ignored("data.fim_spm_rate", "data.fim_rate", bool, "data.fim_rate is above 0"),
 )

@@ -113,7 +113,9 @@ class DataConfig(Section):
 
     path: DataPath | None = Field(default=None, examples=["data/my_dataset"])
     """A prepared dataset's folder, a Megatron prefix, or a list of {path, weight}; null where
-    data.stages tells."""
+    data.stages tells. A path is local, or a URL of an object store."""
+    cache_dir: Text | None = None
+    """Folder on each machine's own disk where datasets given by URL are copied to, once."""
     stages: Annotated[
         tuple[DataStage, ...], BeforeValidator(to_tuple), AfterValidator(_in_order)
     ] = ()

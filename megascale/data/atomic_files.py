@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import xxhash
 
+from megascale.data.places import DISK_FULL, Place, is_remote, open_binary, put_bytes
 from megascale.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST),
@@ -28,22 +28,22 @@ _NOT_WRITABLE = (
 
 
 @contextmanager
-def full_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def full_disk_errors(path: Place) -> Iterator[None]:
     """Turn a full disk under `path` into a `UserError` that names it."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(
-            f"no space to write {os.fspath(path)}: {error.strerror}",
+            f"no space to write {path}: {error.strerror}",
             rule="the output and its temporary copy must fit on the disk and in every quota",
             remedy="free some space or choose another output path, then run the command again",
         ) from error
 
 
 @contextmanager
-def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def disk_errors(path: Place) -> Iterator[None]:
     """As `full_disk_errors`, and for a refused write too; nothing may be read in the block."""
     try:
         with full_disk_errors(path):
@@ -51,7 +51,7 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
             raise UserError(
-                f"cannot write {os.fspath(path)}: {error.strerror}",
+                f"cannot write {path}: {error.strerror}",
                 rule="the folder of an output must be there and writable",
                 remedy="choose another output path or change the permissions",
             ) from error
@@ -73,7 +73,10 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` by temporary file, fsync and rename."""
+    """Write `content` to `path` by temporary file, fsync and rename; to a URL at once."""
+    if is_remote(path):
+        put_bytes(content, path)
+        return
     temporary = temporary_sibling(path)
     with disk_errors(path):
         try:
@@ -88,10 +91,10 @@ def write_file(path: Path, content: bytes) -> None:
         fsync_path(path.parent)
 
 
-def file_checksum(path: str | os.PathLike[str]) -> str:
-    """xxh3_128 of a local file's bytes, as 32 hex digits."""
+def file_checksum(path: Place) -> str:
+    """xxh3_128 of a file's bytes, as 32 hex digits."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
+    with open_binary(path) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

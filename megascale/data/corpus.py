@@ -15,7 +15,9 @@ import numpy as np
 import xxhash
 
 from megascale.data.atomic_files import file_checksum
+from megascale.data.dataset_cache import cached_dataset
 from megascale.data.manifest import MANIFEST_NAME, PREPARE_AGAIN, DatasetManifest
+from megascale.data.places import as_path, is_remote
 from megascale.data.token_file import TokenFile, bin_path, idx_path
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
 from megascale.errors import UserError
@@ -55,7 +57,7 @@ class TokenCorpus:
     """Read-only view over the shards of one dataset, in their order. Made by `open`.
 
     Attributes:
-        path: the dataset's folder, or the Megatron prefix.
+        path: the dataset's folder, or the Megatron prefix; of a copy, the URL it was made from.
         manifest: None for a Megatron prefix.
         fingerprint: identifies the content; a Megatron prefix has no stored checksum, so its
             fingerprint covers the index, the size of the .bin and the .bin's first and last MiB.
@@ -66,22 +68,35 @@ class TokenCorpus:
     ) -> None:
         assert shards
         self.path, self.manifest = path, manifest
+        self._folder = path
         self._shards = list(shards)
         sizes = [0, *(shard.num_tokens for shard in shards)]
         self._shard_starts = np.cumsum(sizes, dtype=np.int64)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> TokenCorpus:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        verify: bool = False,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> TokenCorpus:
         """Open a prepared dataset's folder, or a Megatron prefix (with or without `.bin`).
 
         Args:
-            path: what to open.
+            path: what to open; of a URL, a local copy is made first, see `dataset_cache`.
             verify: also compare every checksum, which reads all files.
+            cache: folder for copies; without one a URL is refused.
 
         Raises:
             UserError: not there, truncated, damaged, or not what the manifest says.
         """
-        location = Path(path)
+        location = as_path(path)
+        if is_remote(location):
+            if cache is None:
+                raise _needs_a_cache(location)
+            corpus = cls.open(cached_dataset(location, Path(cache)), verify)
+            corpus.path = location
+            return corpus
         if location.is_dir():
             corpus = cls._open_folder(location)
         else:
@@ -211,7 +226,7 @@ class TokenCorpus:
         if self.manifest is None:
             return None
         record = self.manifest.tokenizer
-        tokenizer = load_tokenizer(self.path / record.folder)
+        tokenizer = load_tokenizer(self._folder / record.folder)
         if tokenizer.fingerprint != record.fingerprint:
             raise UserError(
                 f"{self.path / record.folder} has the fingerprint {tokenizer.fingerprint}",
@@ -247,10 +262,13 @@ class TokenCorpus:
         """32 hex digits that change when the content changes."""
         if self.manifest is not None:
             return self.manifest.fingerprint
-        (shard,) = self.shard_identities
-        digest = xxhash.xxh3_128(f"{shard.index} {shard.bytes} ".encode())
-        digest.update(_edges(self._shards[0].bin_path))
-        return digest.hexdigest()
+        return _prefix_fingerprint(self._shards[0])
+
+    def was_prefix(self, fingerprint: str) -> bool:
+        """Whether this dataset's only shard has that fingerprint as a prefix without manifest."""
+        (first, *others) = self._shards
+        has_manifest = self.manifest is not None and not others
+        return has_manifest and _prefix_fingerprint(first) == fingerprint
 
     @functools.cached_property
     def shard_identities(self) -> list[ShardIdentity]:
@@ -355,6 +373,13 @@ class TokenCorpus:
         )
 
 
+def _prefix_fingerprint(shard: TokenFile) -> str:
+    size = shard.bin_path.stat().st_size
+    digest = xxhash.xxh3_128(f"{file_checksum(shard.idx_path)} {size} ".encode())
+    digest.update(_edges(shard.bin_path))
+    return digest.hexdigest()
+
+
 def _edges(binary: Path) -> bytes:
     """The first and the last MiB of a file."""
     with open(binary, "rb") as stream:
@@ -373,11 +398,21 @@ def _nearest(candidates: np.ndarray, target: float) -> int:
 def _not_found(location: Path) -> UserError:
     names = {entry.stem if entry.suffix == ".idx" else entry.name for entry in _siblings(location)}
     close = difflib.get_close_matches(location.name, sorted(names), n=1)
-    hint = f"did you mean {location.parent / close[0]}? " if close else ""
     return UserError(
         f"no dataset at {location}",
         rule=f"a dataset is a folder with {MANIFEST_NAME}, or the prefix of a .bin/.idx pair",
-        remedy=f"{hint}Prepare one with `python -m data_prep tokenize`.",
+        remedy=f"did you mean {location.parent / close[0]}?"
+        if close
+        else "check the path, or prepare one with `python -m data_prep tokenize`",
+    )
+
+
+def _needs_a_cache(location: Path) -> UserError:
+    return UserError(
+        f"{location} is not on this machine",
+        rule="token files are mapped into memory, so a dataset in a store is copied once to each "
+        "machine",
+        remedy="set data.cache_dir to a folder on the machines' own disks",
     )
 
 

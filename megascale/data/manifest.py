@@ -19,6 +19,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megascale.data.atomic_files import file_checksum, write_file
+from megascale.data.places import as_path, below, remote_errors, size_of
 from megascale.data.token_file import bin_path, idx_path
 from megascale.errors import UserError
 
@@ -62,11 +63,11 @@ class ShardRecord(_Record):
     utf8_bytes: int = Field(ge=0)
     """UTF-8 bytes of the documents' text, for bits per byte."""
     folder: str = ""
-    """Where the files are if not in the dataset's folder: relative to it, or absolute."""
+    """Where the files are if not in the dataset's folder: relative to it, absolute, or a URL."""
 
     def path(self, dataset: str | os.PathLike[str]) -> Path:
-        """Path of the files without `.bin`, for the dataset's folder."""
-        return Path(dataset, self.folder, self.prefix)
+        """Path of the files without `.bin`, for the dataset's folder, which may be a URL."""
+        return below(as_path(dataset), *filter(None, (self.folder, self.prefix)))
 
     @classmethod
     def of_files(
@@ -119,7 +120,7 @@ class DatasetManifest(_Record):
                 del shard["folder"]  # as version 1 has it
         record["version"] = 2 if any(shard.folder for shard in self.shards) else 1
         content = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        write_file(Path(folder) / MANIFEST_NAME, content.encode())
+        write_file(as_path(folder) / MANIFEST_NAME, content.encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DatasetManifest:
@@ -129,7 +130,7 @@ class DatasetManifest(_Record):
             UserError: no manifest, not JSON, written by a newer megascale, a field is wrong, a
                 shard is missing or of another size.
         """
-        path = Path(folder) / MANIFEST_NAME
+        path = as_path(folder) / MANIFEST_NAME
         manifest = cls.read(folder)
         for shard in manifest.shards:
             for file, expected in (
@@ -142,9 +143,11 @@ class DatasetManifest(_Record):
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> DatasetManifest:
         """As `load`, without a look at the shards."""
-        path = Path(folder) / MANIFEST_NAME
+        path = as_path(folder) / MANIFEST_NAME
         try:
-            content = json.loads(path.read_bytes())
+            with remote_errors(path):
+                raw = path.read_bytes()
+            content = json.loads(raw)
         except FileNotFoundError as error:
             raise UserError(
                 f"no file {path}",
@@ -172,15 +175,17 @@ class DatasetManifest(_Record):
 
 
 def _check_size(file: Path, expected: int, manifest_path: Path) -> None:
-    if not file.is_file():
+    with remote_errors(file):
+        found = size_of(file)
+    if found is None:
         raise UserError(
             f"{file} is missing",
             rule=f"{manifest_path} lists it",
             remedy=PREPARE_AGAIN,
         )
-    if file.stat().st_size != expected:
+    if found != expected:
         raise UserError(
-            f"{file} is truncated or changed: {file.stat().st_size} bytes",
+            f"{file} is truncated or changed: {found} bytes",
             rule=f"{manifest_path} says {expected} bytes",
             remedy=PREPARE_AGAIN,
         )

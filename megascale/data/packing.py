@@ -68,19 +68,21 @@ class Packs:
     ) -> None:
         starts, sizes = documents_of(corpus, token_range)
         self.seq_length = seq_length
-        kept = sizes >= 2
-        full = np.where(kept, sizes - 1, 0) // seq_length if packing == "best_fit" else sizes * 0
-        long = np.flatnonzero(full)
-        self._long_starts = starts[long]
-        self._long_ends = np.cumsum(full[long])
-        rest = sizes - full * seq_length
-        kept &= rest >= 2
         capacity = seq_length + 1
-        pieces, places = starts[kept] + full[kept] * seq_length, rest[kept]
+        # as many targets as a sample has, or more; few documents, so the rest is done to these only
+        long = np.flatnonzero(sizes > seq_length) if packing == "best_fit" else np.zeros(0, int)
+        full = (sizes[long] - 1) // seq_length
+        self._long_starts, self._long_ends = starts[long], np.cumsum(full)
+        pieces, places = starts.copy(), sizes.astype(np.int32)
+        pieces[long] += full * seq_length
+        places[long] -= (full * seq_length).astype(np.int32)
+        kept = places >= 2
+        if not kept.all():
+            pieces, places = pieces[kept], places[kept]
         if packing == "best_fit":
             self._starts, self._sizes, self._firsts = _packed(pieces, places, capacity)
         else:
-            self._starts, self._sizes = pieces, np.minimum(places, capacity).astype(np.int32)
+            self._starts, self._sizes = pieces, np.minimum(places, capacity)
             self._firsts = np.arange(len(pieces) + 1)
         self.lengths = self._lengths()
         if not len(self.lengths):
@@ -117,11 +119,12 @@ class Packs:
 
     def _lengths(self) -> np.ndarray:
         full = int(self._long_ends[-1]) if len(self._long_ends) else 0
-        sums = np.zeros(0, dtype=np.int64)
+        lengths = np.full(full + len(self._firsts) - 1, self.seq_length, dtype=np.int32)
         if len(self._sizes):
-            sums = np.add.reduceat(self._sizes, self._firsts[:-1], dtype=np.int64)
-        lengths = np.minimum(np.append(np.full(full, self.seq_length), sums), self.seq_length)
-        return lengths.astype(np.int32)
+            # a sample has seq_length + 1 places, so sums stay in 32 bits
+            sums = np.add.reduceat(self._sizes, self._firsts[:-1], dtype=np.int32)
+            np.minimum(sums, self.seq_length, out=lengths[full:])
+        return lengths
 
 
 def documents_of(
@@ -132,7 +135,10 @@ def documents_of(
     starts = corpus.boundaries(start, stop - start)
     if not len(starts) or starts[0] != start:
         starts = np.append(start, starts)
-    return starts, np.diff(np.append(starts, stop))
+    sizes = np.empty(len(starts), dtype=np.int64)
+    np.subtract(starts[1:], starts[:-1], out=sizes[:-1])
+    sizes[-1] = stop - starts[-1]
+    return starts, sizes
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -146,9 +152,9 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, i
         sizes: (N,) integers in 1 .. capacity.
 
     Returns:
-        (bins, count): bins (N,) int64, the bin of each item; their number.
+        (bins, count): bins (N,) int32, the bin of each item; their number.
     """
-    bins = np.empty(len(sizes), dtype=np.int64)
+    bins = np.empty(len(sizes), dtype=np.int32)
     narrow = np.uint16 if capacity < 1 << 16 else np.int64  # numpy sorts 16 bits by radix
     order = np.argsort((capacity - sizes).astype(narrow), kind="stable")
     counts = np.bincount(sizes, minlength=capacity + 1)
@@ -158,17 +164,18 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, i
     for size in np.flatnonzero(counts)[::-1].tolist():
         items = order[done : done + int(counts[size])]
         done += len(items)
-        for room in (np.flatnonzero(occupied[size:]) + size).tolist():
+        wide = occupied[size:]
+        while len(items) and wide[first := int(wide.argmax())]:
+            room = size + first
             each = room // size
             found = rooms[room][0] if len(rooms[room]) == 1 else np.concatenate(rooms[room])
             used = min(len(found), -(-len(items) // each))
             rooms[room] = [found[used:]] if used < len(found) else []
             occupied[room] = bool(rooms[room])
             items = _place(bins, items, found[:used], each, size, room, rooms, occupied)
-            if not len(items):
-                break
         if len(items):
-            new = made + np.arange(-(-len(items) // (capacity // size)))
+            count = -(-len(items) // (capacity // size))
+            new = np.arange(made, made + count, dtype=np.int32)
             made += len(new)
             _place(bins, items, new, capacity // size, size, capacity, rooms, occupied)
     return bins, made
@@ -186,7 +193,7 @@ def _place(
 ) -> np.ndarray:
     """Put `each` items into every bin of `into` (the last may get fewer); the items left over."""
     taken = min(len(items), len(into) * each)
-    bins[items[:taken]] = np.repeat(into, each)[:taken]
+    bins[items[:taken]] = into if each == 1 else np.repeat(into, each)[:taken]
     whole = taken // each
     rooms_left = (room - each * size, room - taken % each * size)
     for part, left in zip((into[:whole], into[whole:]), rooms_left, strict=True):
@@ -200,10 +207,26 @@ def _packed(
     starts: np.ndarray, sizes: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pieces in the order of their bins, and (bins + 1,) where each bin's pieces begin."""
-    counts, order = [np.zeros(0, dtype=np.int64)], np.empty(len(sizes), dtype=np.int64)
+    counts = [np.zeros(1, dtype=np.int64)]
+    packed_starts, packed_sizes = np.empty_like(starts), np.empty(len(sizes), dtype=np.int32)
     for begin in range(0, len(sizes), _GROUP):
-        bins, made = best_fit_decreasing(sizes[begin : begin + _GROUP], capacity)
-        order[begin : begin + len(bins)] = np.argsort(bins, kind="stable") + begin
+        group = slice(begin, begin + _GROUP)
+        bins, made = best_fit_decreasing(sizes[group], capacity)
+        order = _stable_order(bins, made)
+        packed_starts[group] = starts[group][order]
+        packed_sizes[group] = sizes[group][order]
         counts.append(np.bincount(bins, minlength=made))
-    firsts = np.append(0, np.cumsum(np.concatenate(counts)))
-    return starts[order], sizes[order].astype(np.int32), firsts
+    return packed_starts, packed_sizes, np.cumsum(np.concatenate(counts))
+
+
+def _stable_order(values: np.ndarray, limit: int) -> np.ndarray:
+    """np.argsort(values, kind="stable") of integers in 0 .. limit - 1, limit at most 2^32.
+
+    By the lower 16 bits and then the upper ones, each by numpy's radix sort: it has none for wider
+    integers, where it takes three times as long.
+    """
+    order = np.argsort(values.astype(np.uint16), kind="stable")
+    if limit <= 1 << 16:
+        return order
+    upper = (values >> 16).astype(np.uint8 if limit <= 1 << 24 else np.uint16)
+    return order[np.argsort(upper[order], kind="stable")]

@@ -28,6 +28,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megascale.data.atomic_files import disk_errors, fsync_path, temporary_sibling
+from megascale.data.places import as_path, is_remote
 from megascale.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -55,13 +56,20 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """The token file of a prefix."""
-    return Path(f"{os.fspath(prefix)}.bin")
+    """The token file of a prefix, which may be a URL."""
+    return _with_suffix(prefix, ".bin")
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """The index file of a prefix."""
-    return Path(f"{os.fspath(prefix)}.idx")
+    """The index file of a prefix, which may be a URL."""
+    return _with_suffix(prefix, ".idx")
+
+
+def _with_suffix(prefix: str | os.PathLike[str], suffix: str) -> Path:
+    if is_remote(prefix):
+        path = as_path(prefix)
+        return path.with_name(path.name + suffix)
+    return Path(f"{os.fspath(prefix)}{suffix}")
 
 
 class TokenFileWriter:
@@ -150,7 +158,8 @@ class TokenFileWriter:
             return sequence.astype(self.dtype)
         assert sequence.dtype.kind in "iu", "ids are integers"
         limits = np.iinfo(self.dtype)
-        lowest, highest = int(sequence.min()), int(sequence.max())
+        lowest = 0 if sequence.dtype.kind == "u" else int(sequence.min())
+        highest = int(sequence.max())
         if lowest < limits.min or highest > limits.max:
             raise UserError(
                 f"token ids {lowest}..{highest} in {self._bin_path}",

@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megascale.data.places import as_path, get_file, is_remote, remote_errors
 from megascale.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -38,7 +40,7 @@ _MIDDLE_NAMES = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
 _WHAT_IS_READ = (
-    "a tokenizer is a local Hugging Face tokenizer folder, a tokenizer.json, "
+    "a tokenizer is a Hugging Face tokenizer folder, a tokenizer.json, "
     "or a sentencepiece .model file"
 )
 
@@ -182,15 +184,18 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer from local files only.
+    """Load a tokenizer from files only.
 
     Args:
-        path: a Hugging Face tokenizer folder, a `tokenizer.json`, or a sentencepiece `.model`.
+        path: a Hugging Face tokenizer folder, a `tokenizer.json`, or a sentencepiece `.model`; a
+            local path, or a URL of fsspec.
 
     Raises:
         UserError: nothing there, or nothing that can be read as a tokenizer.
     """
-    location = Path(path)
+    location = as_path(path)
+    if is_remote(location):
+        return _load_remote(location)
     if not location.exists():
         raise _not_found(location)
     try:
@@ -205,6 +210,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             remedy="check the path, copy the files again, or train one with "
             "`python -m data_prep train-tokenizer`",
         ) from error
+
+
+def _load_remote(location: Path) -> Tokenizer:
+    with remote_errors(location), tempfile.TemporaryDirectory(prefix="megascale-") as name:
+        folder = Path(name)
+        files = [location] if location.is_file() else []
+        if not files and location.is_dir():
+            files = [path for path in location.iterdir() if path.is_file()]
+        for path in files:
+            get_file(path, folder / path.name)
+        if not files:
+            raise _not_found(location)
+        return load_tokenizer(folder / location.name if location.is_file() else folder)
 
 
 def _load_existing(location: Path) -> Tokenizer:
@@ -239,11 +257,12 @@ def declared_eos_token(folder: Path) -> str | None:
 
 
 def _not_found(location: Path) -> UserError:
-    siblings = [entry.name for entry in location.parent.glob("*")]
+    siblings = [] if is_remote(location) else [e.name for e in location.parent.glob("*")]
     close = difflib.get_close_matches(location.name, siblings, n=1)
-    hint = f"did you mean {location.parent / close[0]}? " if close else ""
     return UserError(
         f"no tokenizer at {location}",
         rule=_WHAT_IS_READ,
-        remedy=f"{hint}Nothing is downloaded by name: give a local path.",
+        remedy=f"did you mean {location.parent / close[0]}?"
+        if close
+        else "give the path of its files; nothing is downloaded by name",
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 import xxhash
 
 from megascale.data.atomic_files import write_file
@@ -38,7 +39,7 @@ class FastTokenizer(Tokenizer):
         backend.encode_special_tokens = True
         self._backend, self._eos_token = backend, eos_token
         self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        self._definition: dict[str, Any] = json.loads(backend.to_str())
+        self._definition: dict[str, Any] = orjson.loads(backend.to_str())
 
     @classmethod
     def from_file(cls, path: Path, eos_token: str | None) -> FastTokenizer:
@@ -51,6 +52,10 @@ class FastTokenizer(Tokenizer):
     def definition(self) -> dict[str, Any]:
         """What the tokenizer.json says."""
         return self._definition
+
+    def to_json(self) -> str:
+        """The tokenizer.json itself."""
+        return str(self._backend.to_str())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -15,7 +15,7 @@ from megascale.checkpoint.reader import CheckpointReader
 from megascale.config.load import dump_config
 from megascale.config.schema import Config
 from megascale.data.blend import Stage, block_quotas
-from megascale.data.corpus import ShardIdentity
+from megascale.data.corpus import ShardIdentity, TokenCorpus
 from megascale.errors import UserError
 from megascale.training.datasets import Corpora, stages_of, tokenizer_files
 
@@ -131,6 +131,8 @@ def _require_same_datasets(
     for was, now in zip(expected, found, strict=True):
         if was != now and was not in found:
             corpus = by_fingerprint[now]
+            if corpus.was_prefix(was):
+                raise _has_a_manifest_now(corpus, reader, saved["paths"].get(was))
             shards = json.loads(reader.attachment(SHARDS_FILE)).get(was, [])
             identities = [ShardIdentity(**shard) for shard in shards]
             raise UserError(
@@ -140,6 +142,17 @@ def _require_same_datasets(
                 f"({saved['paths'].get(was)})",
                 remedy="give the dataset that the run began with, or start a new run.output_dir",
             )
+
+
+def _has_a_manifest_now(
+    corpus: TokenCorpus, reader: CheckpointReader, prefix: str | None
+) -> UserError:
+    return UserError(
+        f"{corpus.path} holds the same tokens as {prefix}, and has a manifest",
+        rule=f"checkpoint {reader.storage.root} read the files without one, by another "
+        "fingerprint, and samples are drawn by it",
+        remedy=f"give the prefix again ({prefix}), with data.tokenizer where it is needed",
+    )
 
 
 def describe_change(old: Sequence[ShardIdentity], new: Sequence[ShardIdentity]) -> str:

@@ -68,9 +68,12 @@ def open_corpora(config: Config) -> Corpora:
         UserError: missing or damaged data, the same data twice, or datasets of different
             tokenizers.
     """
-    corpora = tuple(TokenCorpus.open(path) for path in config.data.source_paths)
+    cache = config.data.cache_dir
+    corpora = tuple(TokenCorpus.open(path, cache=cache) for path in config.data.source_paths)
     _require_different(corpora)
-    validation = {name: TokenCorpus.open(path) for name, path in config.data.validation.items()}
+    validation = {
+        name: TokenCorpus.open(path, cache=cache) for name, path in config.data.validation.items()
+    }
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     origin = config.data.tokenizer or ""
     for corpus in (*corpora, *validation.values()):

@@ -75,7 +75,7 @@ def _corpora(model: LoadedModel, data: str | None) -> Corpora:
     if data is None:
         corpora = open_corpora(config)
     else:
-        corpus = TokenCorpus.open(data)
+        corpus = TokenCorpus.open(data, cache=config.data.cache_dir)
         corpora = Corpora((corpus,), corpus.tokenizer or model.tokenizer)
     trained, found = model.tokenizer, corpora.tokenizer
     if trained is not None and found is not None and trained.fingerprint != found.fingerprint:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from megascale.checkpoint.upload import upload
 from megascale.errors import UserError
 from megascale.parallel.fragment import Fragment, whole_box
 from tests.integration import runs
+from tests.object_store import s3_bucket
 
 SHAPE = (300, 7)
 SMALL = {"config.yaml": b"a: 1\n", "tokenizer/vocab.json": b"{}"}
@@ -30,21 +30,8 @@ SMALL = {"config.yaml": b"a: 1\n", "tokenizer/vocab.json": b"{}"}
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a new bucket; the environment names the server, as for a user."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "a")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="checkpoints")
-        yield "s3://checkpoints"
-    server.stop()
+    with s3_bucket("checkpoints") as url:
+        yield url
 
 
 def _fragments(step: int) -> list[Fragment]:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,7 @@ _LLAMA3 = {
     "model.rope_original_length": 64,
 }
 _BERT = {"model.family": "bert", "data.path": "{bert_data}"}
+_SERVED = {"data.path": "{served}", "data.cache_dir": "{folder}/scratch"}
 _MIDDLE = {"data.path": "{middle}", "data.fim_rate": 1.0, "data.fim_spm_rate": 0.0}
 _PIPELINE = {
     "parallel.pipeline_parallel_size": 2,
@@ -136,6 +141,7 @@ ROWS = (
     Row("model.num_token_types", 3, ("shapes",), _BERT),
     Row("model.init_std", 0.1, ("initial", "losses")),
     Row("data.path", "{other}", ("samples",)),
+    Row("data.cache_dir", "{folder}/near", ("files",), _SERVED),
     Row("data.split", [0.5, 0.5], ("validations", "samples")),
     Row(
         "data.tokenizer",
@@ -430,18 +436,37 @@ class Observer:
 
 
 @pytest.fixture(scope="module")
-def observer(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Observer:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder, and the URL under which all processes of this machine see it."""
+    folder = tmp_path_factory.mktemp("served")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def observer(
+    pools: Pools, tmp_path_factory: pytest.TempPathFactory, served: tuple[Path, str]
+) -> Observer:
     root = tmp_path_factory.mktemp("effects")
     (root / "other").mkdir()
     (root / "bert").mkdir()
     (root / "middle").mkdir()
     tokenizer = make_tokenizer(root)
     data = make_dataset(root, tokenizer)
+    shutil.copytree(data, served[0] / "data")
     names = {
         "data": str(data),
         "other": str(make_dataset(root / "other", tokenizer, shift=3)),
         "middle": str(make_dataset(root / "middle", make_middle_tokenizer(tokenizer))),
         "bert_data": str(make_bert_dataset(root / "bert")),
+        "served": f"{served[1]}/data",
         "prefix": str(data / "shard_00000"),
         "tokenizer": str(tokenizer),
     }

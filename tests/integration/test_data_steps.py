@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,9 @@ def test_killed_anywhere_and_started_again_it_is_the_same(documents: Path, tmp_p
             _kill_in_child(prepare(), shards)
             run_step(prepare(), 1)
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
+    assert (tmp_path / ".killed.signatures").exists()  # killed before it was removed
+    assert dedup(documents, tmp_path / "killed", options, run).already_done
+    assert not list(tmp_path.glob(".killed*"))
     run_step(_clean(documents, tmp_path / "clean"), 1)
     for shards in (0, 2):
         _kill_in_child(_clean(documents, tmp_path / "again"), shards)
@@ -223,7 +227,7 @@ def _kill_in_child(step: Step, shards: int) -> None:
     pid = os.fork()
     if pid == 0:
         work = _KilledAfter(step.work, shards)
-        run_step(Step(step.name, step.output, step.identity, step.tasks, work, step.summary), 1)
+        run_step(replace(step, work=work), 1)
         os._exit(0)
     os.waitpid(pid, 0)
 

@@ -527,6 +527,15 @@ CASES: dict[str, list[Case]] = {
         Case("data.path=null", "data.path", "data.path=null " + STAGES, "must be given"),
         Case(STAGES, "data.path", "data.path=d", "make it the first stage"),
     ],
+    "remote_data_is_copied": [
+        Case(
+            "data.path=s3://b/web",
+            "data.cache_dir",
+            "data.path=s3://b/web data.cache_dir=/scratch",
+            "copied to each machine",
+        ),
+        Case('data.validation={"v":"gs://b/v"}', "data.cache_dir", "data.path=file:///d", "gs://b"),
+    ],
     "isolation_needs_company": [
         Case(
             "data.isolate_documents=true data.packing=one_document",

@@ -151,7 +151,7 @@ def test_the_sample_is_seeded_and_reaches_everywhere(gpt2: FastTokenizer) -> Non
             return super().encode(texts)
 
     long = "word " * 20_000
-    texts = [f"text {i}" for i in range(2000)] + [long]
+    texts = [f"text {i}" for i in range(8000)] + [long]
     encoder = Spy(make_encoder(gpt2, Backend.TIKTOKEN))
     everything = encoder.encode(texts)
     asked.clear()

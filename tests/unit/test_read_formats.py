@@ -134,6 +134,22 @@ def test_a_truncated_archive_gives_what_is_whole_and_is_told(
     assert found == _read_plain(tmp_path)[: len(found)]
 
 
+@pytest.mark.parametrize("kind", ["gz", "zst", "xz"])
+def test_an_archive_with_another_checksum_is_told(tmp_path: Path, kind: str) -> None:
+    """The text is whole to the end here; that it may be wrong is known at the end only."""
+    pack = {
+        "gz": gzip.compress,
+        "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+        "xz": lzma.compress,
+    }[kind]
+    content = bytearray(pack(MANY))
+    content[-6 if kind == "gz" else -2] ^= 1
+    (tmp_path / f"a.jsonl.{kind}").write_bytes(bytes(content))
+    found, skipped = _read(tmp_path / f"a.jsonl.{kind}")
+    assert skipped == {"truncated or damaged archive": 1}
+    assert found == _read_plain(tmp_path)[: len(found)]
+
+
 def _read_plain(tmp_path: Path) -> list[tuple[str, int, str]]:
     (tmp_path / "plain.jsonl").write_bytes(MANY)
     return _read(tmp_path / "plain.jsonl")[0]
@@ -228,10 +244,10 @@ def _further(name: str, count: int) -> list[str]:
 
 
 def test_a_file_system_that_refuses_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str) -> bool:
+    def refuse(self: Any, path: str) -> bool:
         raise RuntimeError("Unable to locate credentials")  # s3fs lets such errors through
 
-    monkeypatch.setattr(memory, "isfile", refuse)
+    monkeypatch.setattr(type(memory), "isfile", refuse)
     with pytest.raises(UserError, match=r"memory://in cannot be looked at.*locate credentials"):
         find_inputs(["memory://in"])
 

@@ -21,6 +21,7 @@ from data_prep.shard_runner import (
     finished_report,
     open_run,
 )
+from data_prep.workplace import ShardStore
 from megascale.errors import UserError
 from megascale.file_lock import FileLock
 
@@ -180,7 +181,7 @@ def test_a_packed_shard_does_not_count_more_than_its_size(tmp_path: Path) -> Non
 
     (tmp_path / ".done").mkdir()
     steps: list[int] = []
-    complete_shard(tmp_path, work, TASKS[0], steps.append)
+    complete_shard(ShardStore(str(tmp_path), tmp_path), work, TASKS[0], steps.append)
     assert steps == [6, 4, 0, 0]
 
 

@@ -48,7 +48,12 @@ def _stage(start: int, **weights: float) -> dict[str, Any]:
 def _setup(*stages: dict[str, Any], **sections: Any) -> tuple[Config, Any]:
     config = load_config({"data": {"stages": list(stages)}, **sections})
     corpora = [
-        SimpleNamespace(fingerprint=f"f-{path}", shard_identities=[SHARD], path=path)
+        SimpleNamespace(
+            fingerprint=f"f-{path}",
+            shard_identities=[SHARD],
+            path=path,
+            was_prefix=lambda fingerprint: fingerprint == "f-prefix",
+        )
         for path in config.data.source_paths
     ]
     return config, SimpleNamespace(corpora=corpora, fingerprint="whole")
@@ -95,6 +100,12 @@ def test_only_what_is_to_come_may_change(
 ) -> None:
     message = _refusal(_setup(A, AB), _setup(*stages), seen)
     assert bool(message) == (seen > allowed_until), message
+
+
+def test_a_prefix_that_has_a_manifest_now_is_told() -> None:
+    message = _refusal(_setup(_stage(0, prefix=1.0)), _setup(_stage(0, adopted=1.0)), 4)
+    assert "adopted holds the same tokens as prefix, and has a manifest" in message
+    assert "give the prefix again (prefix)" in message
 
 
 def test_what_numbers_the_samples_may_not_change() -> None:
