@@ -204,12 +204,6 @@ _IGNORED = (
         "the optimizer is adamw or sgd",
     ),
     _ignored(
-        "performance.compile",
-        "performance.fused_loss",
-        lambda choice: choice != "never",
-        "the loss is fused",
-    ),
-    _ignored(
         "schedule.decay_steps",
         "schedule.name",
         _among("linear", "cosine", "wsd"),

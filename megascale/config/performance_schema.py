@@ -20,6 +20,3 @@ class PerformanceConfig(Section):
     queries at a time; auto: the second in bf16 and fp16 on CPU, where it is faster."""
     fused_optimizer: Choice = "auto"
     """Whether adamw and sgd update a tensor in one pass over it; auto: yes."""
-    compile: Choice = "auto"
-    """Whether the passes of the fused loss are compiled on CPU, which takes some 10 s at the start;
-    auto: in runs that are long enough for it."""

@@ -373,10 +373,6 @@ class LoggingConfig(Section):
     """Whether metrics are also written for TensorBoard."""
 
 
-LOGITS_WORTH_COMPILING = 10**12
-"""Of a run: compiled, each is some 1 ns of a CPU faster, and compiling takes some 10 s."""
-
-
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -430,14 +426,6 @@ class Config(Section):
         """Whether head and loss are one."""
         choice = self.performance.fused_loss
         return choice == "always" or (choice == "auto" and self.precision.dtype != "fp16")
-
-    @property
-    def compiles(self) -> bool:
-        """Whether the passes over the logits are compiled."""
-        choice, train = self.performance.compile, self.train
-        tokens = train.max_steps * train.global_batch_size * self.model.seq_length
-        long_enough = tokens * (self.model.vocab_size or 0) >= LOGITS_WORTH_COMPILING
-        return choice == "always" or (choice == "auto" and long_enough)
 
     @property
     def derived(self) -> dict[str, object]:

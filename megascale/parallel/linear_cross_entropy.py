@@ -9,7 +9,7 @@ multiplied, turned in place from logits into their gradient
 and multiplied back at once, to the gradients of the hidden states and of the weight. The backward
 only scales them: the loss is a sum that nothing but a factor follows.
 
-    block             z = h W^T  ->  L, loss  ->  dz in z's place
+    block             z = h W^T  ->  softmax, L, loss  ->  dz, each in the place of the one before
     group of blocks   dh = dz W,  dW += dz^T h   in fp32; a group is as large as its memory allows,
                                                  because each addition passes over all of dW
 
@@ -19,10 +19,7 @@ group, as in cross_entropy.py: the same bytes, in one message for each group of 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,8 +28,6 @@ from torch import Tensor
 
 from megascale.wide import wide_dtype, widen
 
-_LOG = logging.getLogger(__name__)
-
 GROUP_BYTES = 128 * 2**20
 """Of the logits that are kept for one addition to the weight's gradient."""
 
@@ -40,7 +35,7 @@ BLOCK_ELEMENTS = 2**24
 """Of the logits that are multiplied at a time: small enough for the caches of a large CPU."""
 
 FEW_ELEMENTS = 2**19
-"""Of the logits that a pass which is not compiled works on at a time."""
+"""Of the logits that a pass works on at a time: each line of it walks over them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,6 @@ class LossTerms:
         group: the ranks that share it; None where the weight is whole.
         ignore_index: label of positions without a target.
         label_smoothing, z_loss: see `TokenLoss`. softcap: see `LMHead`.
-        compiled: whether the passes over the logits are compiled.
     """
 
     vocab_size: int
@@ -63,7 +57,6 @@ class LossTerms:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
-    compiled: bool = False
 
 
 def linear_cross_entropy(
@@ -122,7 +115,6 @@ class _Pass:
         self.grad_hidden: Tensor | None = torch.empty_like(hidden) if gradients else None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
-        self._statistics, self._differentiate = _passes(terms.compiled, terms.group is None)
 
     def run(self) -> Tensor:
         """The sum of the losses."""
@@ -147,16 +139,29 @@ class _Pass:
         own_labels = labels - self.terms.first_id
         elsewhere = (own_labels < 0) | (own_labels >= logits.shape[1])
         own_labels = own_labels.masked_fill(elsewhere, 0)
-        sums = torch.empty(4, len(labels), dtype=wide_dtype(logits.dtype), device=logits.device)
+        few = max(1, FEW_ELEMENTS // logits.shape[1])
+        parts = []
         for rows in _slices(len(labels), block):
             self._multiply(hidden[rows], logits[rows])
-            sums[:, rows] = self._statistics(logits[rows], own_labels[rows], self.terms.softcap)
+            for some in _slices(rows.stop - rows.start, few):
+                one, two = logits[rows][some], own_labels[rows][some]
+                parts.append(_to_probabilities_(one, two, self.terms))
         counted = labels != self.terms.ignore_index
-        losses, log_z = _losses(sums, elsewhere, self.terms)
+        own_log_z, *sums = torch.cat(parts, dim=1)
+        losses, log_z = _losses(own_log_z, *sums, elsewhere, self.terms)
         if self.gradients:
+            scale = counted.to(log_z.dtype) * (1 + 2 * self.terms.z_loss * log_z)
             hits = torch.where(elsewhere | ~counted, -1, own_labels)
-            for rows in _slices(len(labels), block):
-                self._turn(logits[rows], hits[rows], counted[rows], log_z[rows])
+            for some in _slices(len(labels), few):
+                _to_gradient_(
+                    logits[some],
+                    hits[some],
+                    own_log_z[some],
+                    log_z[some],
+                    scale[some],
+                    counted[some],
+                    self.terms,
+                )
         return losses.masked_fill(~counted, 0.0).sum()
 
     def _multiply(self, hidden: Tensor, out: Tensor) -> None:
@@ -164,14 +169,6 @@ class _Pass:
             torch.mm(hidden, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
-
-    def _turn(self, logits: Tensor, hits: Tensor, counted: Tensor, log_z: Tensor) -> None:
-        """Put the gradient of the sum of losses in the place of a block's logits."""
-        terms = self.terms
-        scale = counted.to(log_z.dtype) * (1 + 2 * terms.z_loss * log_z)
-        spread = counted.to(log_z.dtype) * (terms.label_smoothing / terms.vocab_size)
-        share = 1 - terms.label_smoothing
-        self._differentiate(logits, hits, log_z, scale, spread, share=share, softcap=terms.softcap)
 
     def _multiply_back(self, rows: slice, gradient: Tensor) -> None:
         """From the gradient of a group's logits to those of what made them."""
@@ -186,58 +183,6 @@ class _Pass:
         self.grad_weight += product
         if self.grad_bias is not None and summed is not None:
             self.grad_bias += summed
-
-
-@cache
-def _passes(compiled: bool, whole: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The two passes over a block of logits: compiled, or step by step.
-
-    Step by step, each line of them walks over a tensor: a few rows at a time, for the caches.
-
-    Args:
-        whole: whether the rows are whole, and not a rank's part of the vocabulary.
-    """
-    turn = _differentiate_by_softmax_ if whole else _differentiate_
-
-    def statistics(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-        parts = _slices(len(logits), max(1, FEW_ELEMENTS // logits.shape[1]))
-        return torch.cat([_statistics(logits[p], labels[p], softcap) for p in parts], dim=1)
-
-    def differentiate_(
-        logits: Tensor, *rows: Tensor, share: float, softcap: float | None
-    ) -> Tensor:
-        for part in _slices(len(logits), max(1, FEW_ELEMENTS // logits.shape[1])):
-            turn(logits[part], *(values[part] for values in rows), share=share, softcap=softcap)
-        return logits
-
-    if not compiled:
-        return statistics, differentiate_
-    return _compiled_or(_statistics, statistics), _compiled_or(_differentiate_, differentiate_)
-
-
-def _compiled_or(
-    function: Callable[..., Tensor], plain: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """A function compiled at its first call; `plain` where there is no working compiler."""
-    from torch._dynamo.exc import BackendCompilerFailed  # its import takes seconds
-
-    compiled = torch.compile(function)
-    chosen: list[Callable[..., Tensor]] = []
-
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        if chosen:
-            return chosen[0](*args, **kwargs)
-        try:
-            result = compiled(*args, **kwargs)
-        except BackendCompilerFailed as error:
-            reason = str(error.inner_exception).strip().splitlines()[0]
-            _LOG.warning("performance.compile: not compiled, slower, same result: %s", reason)
-            chosen.append(plain)
-            return plain(*args, **kwargs)
-        chosen.append(compiled)
-        return result
-
-    return call
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -255,81 +200,74 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return wide if softcap is None else softcap * torch.tanh(wide / softcap)
 
 
-def _statistics(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """(4, N): maximum m, sum of exp(z - m), the label's logit and the sum of the logits."""
-    values = logits if softcap is None else _capped(logits, softcap)
-    largest = widen(values.amax(-1, keepdim=True))
-    normaliser = torch.exp(values - largest).sum(-1)
+def _to_probabilities_(logits: Tensor, labels: Tensor, terms: LossTerms) -> Tensor:
+    """Put the part's probabilities in the logits' place, unless the logits are bounded.
+
+    The softmax is the library's own kernel, one pass in the wide dtype; the normaliser follows from
+    the largest logit and its probability, which is at least 1/V.
+
+    Returns:
+        (3, N): log of the part's normaliser, the label's logit, the sum of the logits (0 where no
+        label smoothing wants it).
+    """
+    values = logits if terms.softcap is None else _capped(logits, terms.softcap)
+    probabilities = torch.softmax(values, -1, dtype=wide_dtype(logits.dtype))
+    log_z = widen(values.amax(-1)) - probabilities.amax(-1).log()
     target = widen(values.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
-    total = values.sum(-1, dtype=largest.dtype)
-    return torch.stack([largest.squeeze(-1), normaliser, target, total])
+    total = values.sum(-1, dtype=log_z.dtype) if terms.label_smoothing else torch.zeros_like(log_z)
+    if terms.softcap is None:
+        logits.copy_(probabilities)
+    return torch.stack([log_z, target, total])
 
 
-def _losses(rows: Tensor, elsewhere: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
-    """Loss and log Z of each token, (N,); the part's statistics become the vocabulary's."""
-    own_largest, normaliser, target, total = rows
-    largest = own_largest
+def _losses(
+    own_log_z: Tensor, target: Tensor, total: Tensor, elsewhere: Tensor, terms: LossTerms
+) -> tuple[Tensor, Tensor]:
+    """Loss and log Z of each token, (N,); the part's sums become the vocabulary's."""
+    log_z = own_log_z
     if terms.group is not None:
-        largest = own_largest.clone()
+        largest = own_log_z.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=terms.group)
-        sums = [normaliser * torch.exp(own_largest - largest), target.masked_fill(elsewhere, 0.0)]
+        sums = [torch.exp(own_log_z - largest), target.masked_fill(elsewhere, 0.0)]
         reduced = torch.stack([*sums, total] if terms.label_smoothing else sums)
         dist.all_reduce(reduced, group=terms.group)
-        normaliser, target, *smoothed = reduced
-        total = smoothed[0] if smoothed else total
-    log_z = normaliser.log() + largest
+        log_z, target = reduced[0].log() + largest, reduced[1]
+        total = reduced[-1]
     losses = log_z - target
     if terms.label_smoothing:
-        mean = total / terms.vocab_size
-        losses = losses + terms.label_smoothing * (target - mean)
+        losses = losses + terms.label_smoothing * (target - total / terms.vocab_size)
     if terms.z_loss:
         losses = losses + terms.z_loss * log_z.square()
     return losses, log_z
 
 
-def _differentiate_(
+def _to_gradient_(
     logits: Tensor,
     hits: Tensor,
+    own_log_z: Tensor,
     log_z: Tensor,
     scale: Tensor,
-    spread: Tensor,
-    *,
-    share: float,
-    softcap: float | None,
-) -> Tensor:
-    """Put d loss / d logit in the logits' place.
+    counted: Tensor,
+    terms: LossTerms,
+) -> None:
+    """Put d loss / d logit in the place of what `_to_probabilities_` left.
 
     Args:
-        logits: (N, V_local). hits: (N,) the label's column, or -1.
-        log_z, scale, spread: (N,), factor of the probabilities and what is taken off each.
-        share: what is taken off the label's.
+        logits: (N, V_local). hits: (N,) the label's column, or -1. The rest (N,): logs of the
+            part's and of the whole normaliser, factor of the probabilities, whether it counts.
     """
-    wide = _capped(logits, softcap)
-    out = torch.exp(wide - log_z.unsqueeze(-1)) * scale.unsqueeze(-1) - spread.unsqueeze(-1)
-    columns = torch.arange(logits.shape[-1], device=logits.device)
-    out = torch.where(columns == hits.unsqueeze(-1), out - share, out)
-    if softcap is not None:
-        out = out * (1 - (wide / softcap).square())
-    return logits.copy_(out)
-
-
-def _differentiate_by_softmax_(
-    logits: Tensor,
-    hits: Tensor,
-    log_z: Tensor,
-    scale: Tensor,
-    spread: Tensor,
-    *,
-    share: float,
-    softcap: float | None,
-) -> Tensor:
-    """The same of whole rows, in the library's own kernels: their log_z follows from them."""
-    values = logits if softcap is None else _capped(logits, softcap)
-    out = torch.softmax(values, dim=-1)
-    out *= scale.unsqueeze(-1).to(out.dtype)
-    out -= spread.unsqueeze(-1).to(out.dtype)
-    taken = share * (hits >= 0).to(out.dtype).unsqueeze(-1)
-    out.scatter_add_(-1, hits.clamp(min=0).unsqueeze(-1), -taken)
-    if softcap is not None:
-        out *= 1 - (values / softcap).square()
-    return logits.copy_(out)
+    values = None
+    out = logits
+    if terms.softcap is not None:
+        values = _capped(logits, terms.softcap)
+        out = torch.softmax(values, dim=-1)
+    trivial = terms.group is None and not terms.z_loss
+    if not trivial or out.is_cuda or not bool(counted.all()):
+        out *= (scale * torch.exp(own_log_z - log_z)).unsqueeze(-1).to(out.dtype)
+    if terms.label_smoothing:
+        spread = counted.to(out.dtype) * (terms.label_smoothing / terms.vocab_size)
+        out -= spread.unsqueeze(-1)
+    taken = (1 - terms.label_smoothing) * (hits >= 0).to(out.dtype)
+    out.scatter_add_(-1, hits.clamp(min=0).unsqueeze(-1), -taken.unsqueeze(-1))
+    if values is not None and terms.softcap is not None:
+        logits.copy_(out.mul_(1 - (values / terms.softcap).square()))

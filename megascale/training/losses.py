@@ -39,14 +39,12 @@ class TokenLoss:
             logits from drifting (PaLM, arXiv:2204.02311, section 5).
         part: where the vocabulary is cut over ranks, the part that this rank has.
         fused: whether `of_product` works on a block of tokens at a time, without whole logits.
-        compiled: whether its passes over the logits are compiled.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     part: VocabularyPart | None = None
     fused: bool = False
-    compiled: bool = False
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, *, training: bool
@@ -103,7 +101,6 @@ class TokenLoss:
             label_smoothing=self.label_smoothing if training else 0.0,
             z_loss=self.z_loss if training else 0.0,
             softcap=softcap,
-            compiled=self.compiled and hidden.device.type == "cpu",
         )
         return linear_cross_entropy(hidden.flatten(0, -2), weight, bias, labels.flatten(), terms)
 
@@ -122,9 +119,4 @@ class TokenLoss:
 def token_loss(config: Config) -> TokenLoss:
     """The loss that a run asks for."""
     train = config.train
-    return TokenLoss(
-        train.label_smoothing,
-        train.z_loss,
-        fused=config.fuses_loss,
-        compiled=config.fuses_loss and config.compiles,
-    )
+    return TokenLoss(train.label_smoothing, train.z_loss, fused=config.fuses_loss)

@@ -283,7 +283,6 @@ ROWS = (
     Row("performance.fused_loss", "never", ("operations",)),
     Row("performance.attention", "blockwise", ("operations",)),
     Row("performance.fused_optimizer", "never", ("operations",)),
-    Row("performance.compile", "always", ("operations",)),
 )
 
 
@@ -293,12 +292,11 @@ def _digest(value: Any) -> str:
 
 @contextmanager
 def _operations(seen: dict[str, Any]) -> Iterator[None]:
-    """Put the names of what torch runs inside into `seen`; compiled code has changing names."""
+    """Put the names of what torch runs inside into `seen`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         yield
-    names = {event.name for event in profiler.events() if event.name.startswith("aten::")}
-    compiled = any("Compiled" in event.name for event in profiler.events())
-    seen["operations"] = sorted(names | ({"compiled"} if compiled else set()))
+    names = {event.name for event in profiler.events()}
+    seen["operations"] = sorted(name for name in names if name.startswith("aten::"))
 
 
 def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[str, Any]:

@@ -258,13 +258,6 @@ CASES: dict[str, list[Case]] = {
             SGD + "performance.fused_optimizer=never",
         ),
     ],
-    "ignored:performance.compile": [
-        Case(
-            "performance.fused_loss=never performance.compile=always",
-            "performance.compile",
-            "performance.compile=always",
-        ),
-    ],
     "ignored:optimizer.eps": [
         Case(SGD + "optimizer.eps=1e-3", "optimizer.eps", "optimizer.eps=1e-3"),
         Case(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,11 +62,6 @@ def test_loss_and_gradients_are_the_plain_ones(
     _compare(TokenLoss(smoothing, z, fused=True), bias, softcap)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_compiled_passes_give_the_same(softcap: float | None) -> None:
-    _compare(TokenLoss(0.2, 0.05, fused=True, compiled=True), False, softcap)
-
-
 def _compare(loss: TokenLoss, bias: bool, softcap: float | None) -> None:
     values = inputs()[: 3 if bias else 2]
     expected, found = plain(values, loss, softcap), by_product(values, loss, softcap)
@@ -120,27 +113,3 @@ def test_nothing_is_kept_without_gradients() -> None:
     assert loss.item() == pytest.approx(
         F.cross_entropy(hidden @ weight.t(), labels(), reduction="sum").item(), rel=1e-13
     )
-
-
-def test_without_a_compiler_a_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    def broken(function: object) -> object:
-        def call(*args: object, **kwargs: object) -> None:
-            raise BackendCompilerFailed(lambda: None, RuntimeError("no g++ here\nmore"), None)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
-    fused._passes.cache_clear()
-    try:
-        values = inputs()
-        with caplog.at_level(logging.WARNING):
-            found = by_product(values, TokenLoss(fused=True, compiled=True), None)
-        assert torch.equal(found, by_product(values, TokenLoss(fused=True), None))
-    finally:
-        fused._passes.cache_clear()
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["performance.compile: not compiled, slower, same result: no g++ here"] * 2

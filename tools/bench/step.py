@@ -34,8 +34,7 @@ OURS = "ours"
 # name -> (module below tools.bench.peers, variant, package it needs)
 STACKS = {
     OURS: ("megascale_step", "", "megascale"),
-    "ours, not compiled": ("megascale_step", "eager", "megascale"),
-    "ours, plain paths": ("megascale_step", "plain", "megascale"),
+    "ours plain": ("megascale_step", "plain", "megascale"),
     "hf": ("hf_trainer", "", "accelerate"),
     "hf compiled": ("hf_trainer", "compile", "accelerate"),
     "loop": ("plain_loop", "", "torch"),

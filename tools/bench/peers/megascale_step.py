@@ -19,8 +19,7 @@ from tools.bench.job import Job, Meter, job_of_command_line
 
 # variant -> settings that make it
 VARIANTS: dict[str, dict[str, Any]] = {
-    "": {"performance": {"compile": "always"}},
-    "eager": {"performance": {"compile": "never"}},
+    "": {},
     "plain": {
         "performance": {
             "fused_loss": "never",
@@ -29,7 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "zero1": {
-        "performance": {"compile": "never"},
         "parallel": {"zero_stage": 1, "engine": "torch"},
     },
 }
