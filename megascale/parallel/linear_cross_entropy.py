@@ -147,8 +147,8 @@ class _Pass:
                 one, two = logits[rows][some], own_labels[rows][some]
                 parts.append(_to_probabilities_(one, two, self.terms))
         counted = labels != self.terms.ignore_index
-        own_log_z, *sums = torch.cat(parts, dim=1)
-        losses, log_z = _losses(own_log_z, *sums, elsewhere, self.terms)
+        own_log_z, target, total = torch.cat(parts, dim=1)
+        losses, log_z = _losses(own_log_z, target, total, elsewhere, self.terms)
         if self.gradients:
             scale = counted.to(log_z.dtype) * (1 + 2 * self.terms.z_loss * log_z)
             hits = torch.where(elsewhere | ~counted, -1, own_labels)

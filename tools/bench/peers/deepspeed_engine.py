@@ -25,9 +25,8 @@ def main() -> None:
         )
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use
         model = model_of(job)
-        kind: Any = torch.optim.AdamW
-        if arguments.variant == "cpuadam":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam as kind
+        own = arguments.variant == "cpuadam"
+        kind: Any = deepspeed.ops.adam.DeepSpeedCPUAdam if own else torch.optim.AdamW
         optimizer = kind(
             model.parameters(), lr=job.lr, betas=job.betas, weight_decay=job.weight_decay
         )
