@@ -12,7 +12,7 @@ libtcmalloc-minimal4), by LD_PRELOAD, for all stacks alike.
 from __future__ import annotations
 
 import argparse
-import glob
+import ctypes.util
 import importlib.util
 import json
 import os
@@ -49,8 +49,8 @@ Result = dict[str, Any]
 
 def allocators() -> dict[str, str]:
     """Name -> library to preload."""
-    found = sorted(glob.glob("/usr/lib/**/libtcmalloc_minimal.so.4", recursive=True))
-    return {"default": "", **({"tcmalloc": found[0]} if found else {})}
+    found = ctypes.util.find_library("tcmalloc_minimal")
+    return {"default": "", **({"tcmalloc": found} if found else {})}
 
 
 def measure(stack: str, job: Job, library: str, timeout_s: float = 1200) -> Result:
