@@ -41,6 +41,7 @@ class Visibility:
     document_ids: Tensor | None = None
     real: Tensor | None = None
     _made: dict[int, Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``(B or 1, 1, R or 1, C)`` bool, True where a query sees a key.
@@ -63,9 +64,28 @@ class Visibility:
 
     def of_samples(self, samples: slice) -> Visibility:
         """The same of some of the samples."""
+        if self.document_ids is None and self.real is None:
+            return self
         documents = None if self.document_ids is None else self.document_ids[samples]
         real = None if self.real is None else self.real[samples]
         return Visibility(self.causal, self.window, documents, real)
+
+    def bias(self, rows: tuple[int, int], columns: tuple[int, int], like: Tensor) -> Tensor:
+        """What is added to the scores of an interval of queries and one of keys: -inf where a
+        query does not see a key, ``(B or 1, 1, R, C)`` in the type of ``like``. Made once where it
+        is the same for all samples, which then only the distance of the intervals decides.
+        """
+        same = self.document_ids is None and self.real is None
+        key = (rows[0] - columns[0], rows[1] - rows[0], columns[1] - columns[0], like.dtype)
+        if same and key in self._biases:
+            return self._biases[key]
+        places = (torch.arange(*ends, device=like.device) for ends in (rows, columns))
+        mask = self.mask(*places)
+        bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+        bias.masked_fill_(~mask, -math.inf)
+        if same:
+            self._biases[key] = bias
+        return bias
 
     def sees(self, rows: tuple[int, int], columns: tuple[int, int]) -> bool | None:
         """Whether the queries of an interval see all keys of another: True, False (they see none)

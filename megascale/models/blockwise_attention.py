@@ -16,7 +16,6 @@ a bound on the scores (arXiv:2408.00118, section 2) is applied to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,12 +166,8 @@ class _Heads:
             end = min(begin + BLOCK, columns.stop)
             if self._visibility.sees((rows.start, rows.stop), (begin, end)):
                 continue
-            mask = self._visibility.mask(
-                torch.arange(rows.start, rows.stop, device=scores.device),
-                torch.arange(begin, end, device=scores.device),
-            )
-            hidden = by_head[..., begin - columns.start : end - columns.start]
-            hidden.masked_fill_(~mask, -math.inf)
+            bias = self._visibility.bias((rows.start, rows.stop), (begin, end), scores)
+            by_head[..., begin - columns.start : end - columns.start].add_(bias)
 
     def _by_head(self, scores: Tensor) -> Tensor:
         """(n, R, C) as (samples, query heads, rows, C)."""

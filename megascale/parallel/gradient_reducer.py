@@ -54,6 +54,9 @@ class GradientReducer:
         self._reducing = False
         self._next = 0
         self._main: dict[torch.nn.Parameter, torch.Tensor] = {}
+        # of narrow parameters: main gradients that hold the last step's numbers; the first gradient
+        # is copied there, which spares a pass for zeros and one for the sum
+        self._stale: set[torch.Tensor] = set()
         self._hooks = []
         for bucket in self._buckets:
             for param, view in zip(bucket.params, bucket.views(), strict=True):
@@ -64,17 +67,23 @@ class GradientReducer:
 
     def main_gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
         """The fp32 gradient of `param`, in its shape (a view of the bucket)."""
+        if param in self._stale:  # none came
+            self._stale.remove(param)
+            self._main[param].zero_()
         return self._main[param]
 
     def zero(self) -> None:
         """Clear the gradients for the next step."""
         for bucket in self._buckets:
-            bucket.buffer.zero_()
             bucket.work = None
             for param in bucket.params:
                 # masters accumulate straight into the bucket; others are added by the hook
                 main = self._main[param]
-                param.grad = main if param.dtype == main.dtype else None
+                if param.dtype == main.dtype:
+                    param.grad = main.zero_()
+                else:
+                    param.grad = None
+                    self._stale.add(param)
 
     def begin_backward(self, *, last: bool) -> None:
         """Announce the backward of a micro-batch; `last` starts the reduction."""
@@ -100,10 +109,7 @@ class GradientReducer:
         The weight half of a split backward (zero-bubble pipelines) writes `.grad` itself.
         """
         for param, main in self._main.items():
-            grad = param.grad
-            if grad is not None and grad.data_ptr() != main.data_ptr():
-                main.add_(grad)
-                param.grad = main if param.dtype == main.dtype else None
+            self._take(param, main)
 
     def reduce(self) -> None:
         """Sum all buckets over the group now, where no backward announced itself as the last."""
@@ -117,15 +123,24 @@ class GradientReducer:
 
     def _hook(self, bucket: _Bucket, main: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def after_accumulate(param: torch.Tensor) -> None:
-            grad = param.grad
-            if grad is not None and grad.data_ptr() != main.data_ptr():
-                main.add_(grad)
-                param.grad = main if param.dtype == main.dtype else None
+            self._take(param, main)
             bucket.pending -= 1
             if self._reducing:
                 self._launch_ready()
 
         return after_accumulate
+
+    def _take(self, param: torch.Tensor, main: torch.Tensor) -> None:
+        """Move what a backward left in `.grad` to the main gradient."""
+        grad = param.grad
+        if grad is None or grad.data_ptr() == main.data_ptr():
+            return
+        if param in self._stale:
+            self._stale.remove(param)
+            main.copy_(grad)
+        else:
+            main.add_(grad)
+        param.grad = main if param.dtype == main.dtype else None
 
     def _launch_ready(self) -> None:
         # Strictly in bucket order: ranks must issue their collectives alike.
@@ -134,6 +149,8 @@ class GradientReducer:
             self._next += 1
 
     def _launch(self, bucket: _Bucket) -> None:
+        for param in bucket.params:
+            self.main_gradient(param)  # zeros where no gradient came
         bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
 
 

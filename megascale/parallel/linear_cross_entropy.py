@@ -34,6 +34,12 @@ GROUP_BYTES = 128 * 2**20
 BLOCK_ELEMENTS = 2**24
 """Of the logits that are multiplied at a time: small enough for the caches of a large CPU."""
 
+TOKENS_WORTH_COLUMNS = 1024
+"""From here on the weight is also stored by columns, on CPU."""
+
+LEAST_LIKELIHOOD = 1e-30
+"""A probability from which its logarithm is exact; below, fp32 soon has no more digits."""
+
 FEW_ELEMENTS = 2**19
 """Of the logits that a pass works on at a time: each line of it walks over them."""
 
@@ -115,6 +121,7 @@ class _Pass:
         self.grad_hidden: Tensor | None = torch.empty_like(hidden) if gradients else None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
+        self._by_columns: Tensor | None = None
 
     def run(self) -> Tensor:
         """The sum of the losses."""
@@ -170,10 +177,22 @@ class _Pass:
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
+    def _columns(self) -> Tensor:
+        """The weight, for a product over the vocabulary: on CPU stored by columns.
+
+        Measured for 50,304 x 384 in bf16: 393 against 313 GFLOP/s; storing it costs as much as
+        is won with some 500 tokens.
+        """
+        if self.weight.is_cuda or len(self.hidden) < TOKENS_WORTH_COLUMNS:
+            return self.weight
+        if self._by_columns is None:
+            self._by_columns = self.weight.t().contiguous().t()
+        return self._by_columns
+
     def _multiply_back(self, rows: slice, gradient: Tensor) -> None:
         """From the gradient of a group's logits to those of what made them."""
         assert self.grad_hidden is not None
-        torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
+        torch.mm(gradient, self._columns(), out=self.grad_hidden[rows])
         product = gradient.t() @ self.hidden[rows]  # of no token: zeros
         summed = None if self.bias is None else gradient.sum(0, dtype=wide_dtype(gradient.dtype))
         if self.grad_weight is None:
@@ -204,7 +223,7 @@ def _to_probabilities_(logits: Tensor, labels: Tensor, terms: LossTerms) -> Tens
     """Put the part's probabilities in the logits' place, unless the logits are bounded.
 
     The softmax is the library's own kernel, one pass in the wide dtype; the normaliser follows from
-    the largest logit and its probability, which is at least 1/V.
+    a logit and its probability: the label's, or where that is next to nothing the largest.
 
     Returns:
         (3, N): log of the part's normaliser, the label's logit, the sum of the logits (0 where no
@@ -212,8 +231,12 @@ def _to_probabilities_(logits: Tensor, labels: Tensor, terms: LossTerms) -> Tens
     """
     values = logits if terms.softcap is None else _capped(logits, terms.softcap)
     probabilities = torch.softmax(values, -1, dtype=wide_dtype(logits.dtype))
-    log_z = widen(values.amax(-1)) - probabilities.amax(-1).log()
     target = widen(values.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+    likelihood = probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if logits.is_cuda or bool((likelihood < LEAST_LIKELIHOOD).any()):
+        log_z = widen(values.amax(-1)) - probabilities.amax(-1).log()
+    else:
+        log_z = target - likelihood.log()
     total = values.sum(-1, dtype=log_z.dtype) if terms.label_smoothing else torch.zeros_like(log_z)
     if terms.softcap is None:
         logits.copy_(probabilities)

@@ -75,6 +75,8 @@ GEMMA: dict[str, Any] = {
     "model.sliding_window": 7,
     "model.global_layer_interval": 2,
     "data.isolate_documents": False,
+    # Its two norms and two bounds a layer amplify rounding to some 1e-5: in fp64 nothing is left.
+    "precision.dtype": "fp64",
 }
 SGD = {**GPT, "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.grad_clip": 0.0}
 MODELS = {"gpt": GPT, "llama": LLAMA, "gemma": GEMMA, "sgd": SGD}
@@ -129,7 +131,7 @@ def test_same_training(
         found = merge(
             pools(world).run(record_rank, settings=settings, steps=STEPS, evaluate_every=2)
         )
-        assert_same(found, references[name])
+        assert_same(found, references[name], 1e-10 if name == "gemma" else 1e-5)
         if name in ("gpt", "sgd"):
             clip = MODELS[name]["optimizer.grad_clip"]
             assert not clip or min(found.norms) > clip, "clipping must be active"
