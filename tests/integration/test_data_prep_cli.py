@@ -264,7 +264,7 @@ def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) 
             assert "another process is writing" in run_data_prep(*command, expect=2)
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
-        output = process.communicate(timeout=20)[0]
+        output = process.communicate(timeout=90)[0]
         assert process.returncode != 0
         assert "Traceback" not in output
         assert not (tmp_path / "out").exists()
