@@ -36,6 +36,7 @@ class Failure:
         kind: config error, bad node, numerical, out of memory, lost peer or error.
         host: the machine.
         trace: the traceback, for an error that is not the user's.
+        exit_code: that the rank will end with.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Failure:
     kind: str = ""
     host: str = ""
     trace: str = ""
+    exit_code: int = 1
 
 
 def describe(error: BaseException, rank: int) -> Failure:
@@ -52,7 +54,14 @@ def describe(error: BaseException, rank: int) -> Failure:
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     return Failure(
-        rank, time.time(), text, lost_peer(error), kind_of(error), socket.gethostname(), trace
+        rank,
+        time.time(),
+        text,
+        lost_peer(error),
+        kind_of(error),
+        socket.gethostname(),
+        trace,
+        exit_code=getattr(error, "exit_code", 1),
     )
 
 

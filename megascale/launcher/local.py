@@ -135,7 +135,10 @@ def _end(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
         ranks[rank].kill()  # what waits in a collective does not hear SIGTERM
     _stop(ranks, signal.SIGTERM, _END_S)
     _tell(first, codes, notes, silent if waited else [], log_dir)
-    code = codes[first] or 1
+    code = codes[first]
+    if code is None and first in notes:  # a busy machine: it has failed, but not yet ended
+        code = notes[first].exit_code
+    code = code or 1
     return code if code > 0 else 128 - code
 
 
