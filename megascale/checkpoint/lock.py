@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megascale.checkpoint.storage import explain_write_errors
-from megascale.errors import UserError
+from megascale.errors import TakenOverError, UserError
 from megascale.file_lock import FileLock
 
 LOCK_NAME = ".run.lock"
@@ -38,10 +38,10 @@ class RunLock:
         """Refuse to go on in a folder that is another attempt's by now.
 
         Raises:
-            UserError: it is.
+            TakenOverError: it is.
         """
         if self.was_taken_over():
-            raise UserError(
+            raise TakenOverError(
                 f"a later attempt at this run has taken {self.folder} over",
                 rule="Slurm took this machine for lost and started the run elsewhere",
                 remedy="nothing needs to be done: the later attempt goes on",

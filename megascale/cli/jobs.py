@@ -43,7 +43,8 @@ def status(
         typer.echo(_attempt_line(attempt))
     last = _last_metrics(folder)
     if last is not None:
-        typer.echo(f"last step {last['step']}, loss {last['loss']:.4f}")
+        loss = last["loss"]
+        typer.echo(f"last step {last['step']}, loss {'nan' if loss is None else f'{loss:.4f}'}")
     bad = read_bad_nodes(folder)
     if bad:
         typer.echo(f"machines left out: {', '.join(bad)}")

@@ -23,7 +23,9 @@ from megascale.launcher.submission import (
     check_name_is_free,
     check_paths,
     check_request,
+    output_errors,
     script_path,
+    submission_lock,
 )
 
 _ENVIRONMENT_FILE = Path(__file__).resolve().parents[2] / "launch" / "env.sh"
@@ -116,8 +118,12 @@ def submit(
         typer.echo(render(job), nl=False)
         return
     check_paths(checked)
-    _check_cluster(request, job, needed=True)
-    _queue(job, checked, chain)
+    lock = submission_lock(job.name, run)
+    try:
+        _check_cluster(request, job, needed=True)
+        _queue(job, checked, chain)
+    finally:
+        lock.release()
 
 
 def _check_cluster(request: Request, job: BatchJob, needed: bool) -> None:
@@ -132,16 +138,16 @@ def _check_cluster(request: Request, job: BatchJob, needed: bool) -> None:
 
 def _queue(job: BatchJob, checked: Config, chain: int) -> None:
     """Write config and script into the run's folder and queue the links of the chain."""
-    Path(job.config).write_text(dump_config(checked))
     script = script_path(job)
-    script.write_text(render(job))
+    with output_errors(Path(job.run)):
+        Path(job.config).write_text(dump_config(checked))
+        script.write_text(render(job))
     slurm = Slurm()
     numbers: list[str] = []
     try:
         for _ in range(chain):
-            numbers.append(
-                slurm.submit(str(script), *chain_options(numbers[-1] if numbers else None))
-            )
+            options = chain_options(numbers[-1] if numbers else None)
+            numbers.append(slurm.submit(str(script), *options, run=job.run, known=numbers))
     except UserError:
         if numbers:  # half a chain is not what was asked for
             slurm.cancel(numbers)
@@ -161,12 +167,19 @@ def _absolute(folder: str) -> str:
 
 def _container(image: str, config: Config, run: Path) -> tuple[str, ...]:
     """srun's pyxis options: the image, and the folders that a run reads and writes."""
-    folders = [str(Path.cwd()), str(run)]
-    folders += config.data.source_paths
-    inside = sorted({str(Path(f).absolute().parent) for f in folders[2:] if "://" not in f})
-    mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys([*folders[:2], *inside]))
+    data, saving = config.data, config.checkpoint
+    named = [*data.source_paths, *map(str, data.validation.values()), data.tokenizer]
+    named += [data.cache_dir, saving.folder, saving.staging_dir, saving.init_from]
+    inside = {_mounted(Path(name).absolute()) for name in named if name and "://" not in name}
+    folders = dict.fromkeys([Path.cwd(), run, *sorted(inside)])
+    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
     return (
         f"--container-image={image}",
         f"--container-mounts={mounts}",
         f"--container-workdir={Path.cwd()}",
     )
+
+
+def _mounted(path: Path) -> Path:
+    """The folder above: a prefix is no folder, and one yet to be made cannot be mounted."""
+    return path if path.parent == Path(path.anchor) else path.parent

@@ -28,8 +28,10 @@ def train(
 ) -> None:
     """Pretrain a model; also under torchrun or the deepspeed launcher."""
     # torch costs seconds: what can be refused is refused before it is imported
+    from megascale.launcher.attempt import check_folder_is_seen
     from megascale.launcher.environment import world_size_of
 
+    check_folder_is_seen()
     checked = load_config(
         config, overrides or (), checks=all_checks(), world_size=world_size_of(nproc)
     )

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from megascale.launcher.meeting import candidate_ports, host_names, listen
 from megascale.launcher.preflight import Facts, compare
 
 LOCK_WAIT_S = 120.0
+_SEEN_S = 10.0
 NOTHING_TO_DO = 10
 """Exit code of `begin` when the run is over."""
 STOP_NAME = "STOP"
@@ -98,8 +100,7 @@ def begin(run: Path, now: Begin, most: int) -> tuple[Path | None, End | None]:
     """
     earlier = [a for a in attempts(run) if a.begin.submission == now.submission]
     over = _over(run, earlier, now, most)
-    number = len(list((run / _FOLDER).glob("[0-9]*"))) + 1
-    folder = run / _FOLDER / f"{number:04d}"
+    folder = run / _FOLDER / f"{_last_number(run) + 1:04d}"
     if over is None or over.kind == "no progress":
         folder.mkdir(parents=True)
         write_json(folder / "begin.json", asdict(now))
@@ -108,6 +109,12 @@ def begin(run: Path, now: Begin, most: int) -> tuple[Path | None, End | None]:
             write_json(folder / "end.json", asdict(over))
         return None, over
     return folder, None
+
+
+def _last_number(run: Path) -> int:
+    """Of the newest attempt's folder; people tidy up, so it may not be their number."""
+    names = (path.name for path in (run / _FOLDER).glob("[0-9]*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End | None:
@@ -142,10 +149,19 @@ def end(folder: Path, code: int, state: str = "RUNNING") -> End:
 
     Args:
         code: srun's exit code.
-        state: of the job, by Slurm.
+        state: of the job, by Slurm, see `classify`.
+
+    Raises:
+        UserError: there is no such attempt any more.
     """
-    start = Begin(**(read_json(folder / "begin.json") or {}))
-    asked = folder / "asked"
+    found = read_json(folder / "begin.json")
+    if found is None:
+        raise UserError(
+            f"{folder} is gone, or unreadable",
+            rule="a run's folder stays where it is while the run goes on",
+            remedy="bring it back and submit the run again: it goes on from what is there",
+        )
+    start, asked = Begin(**found), folder / "asked"
     judged = classify(
         code,
         read_json(folder / "outcome.json"),
@@ -154,7 +170,10 @@ def end(folder: Path, code: int, state: str = "RUNNING") -> End:
         _log_of(start),
         state,
     )
-    write_json(folder / "end.json", asdict(judged))
+    try:
+        write_json(folder / "end.json", asdict(judged))
+    except OSError as error:  # the verdict counts, even where it cannot be kept
+        print(f"warning: {folder}/end.json: {error.strerror}", file=sys.stderr, flush=True)
     return judged
 
 
@@ -181,6 +200,24 @@ def attempt_folder(environment: Mapping[str, str] | None = None) -> Path | None:
     """The folder of the attempt that this process belongs to; None without a batch script."""
     name = (os.environ if environment is None else environment).get(ATTEMPT_DIR)
     return Path(name) if name else None
+
+
+def check_folder_is_seen(wait_s: float = _SEEN_S) -> None:
+    """Refuse a machine on which the run's folder is not the one of the batch script.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder, deadline = attempt_folder(), time.monotonic() + wait_s
+    while folder is not None and not folder.is_dir():  # network file systems may be seconds late
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{socket.gethostname()} does not see {folder}",
+                rule="run.output_dir is one folder that all machines share (and, with containers, "
+                "that is mounted)",
+                remedy="choose a run.output_dir on a shared file system, or mount it there",
+            )
+        time.sleep(0.5)
 
 
 def write_started(step: int, world_size: int) -> None:
@@ -259,12 +296,23 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands of the batch script; returns the exit code."""
     asked = _parser().parse_args(arguments)
-    if asked.command in ("begin", "choose"):
-        try:
-            return _begin(asked) if asked.command == "begin" else _choose(asked)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return error.exit_code
+    commands = {"begin": _begin, "choose": _choose, "end": _end}
+    try:
+        return commands[asked.command](asked)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written to
+        refused = UserError(
+            f"{error.filename}: {error.strerror}",
+            rule="the batch script keeps a record of each attempt in the run's folder",
+            remedy="free space, or mend the folder, and submit the run again",
+        )
+        print(f"error: {refused}", file=sys.stderr, flush=True)
+        return KINDS["error"].code
+
+
+def _end(asked: argparse.Namespace) -> int:
     judged = end(asked.folder, asked.code, asked.state)
     kind = KINDS[judged.kind]
     print(f"megascale: {judged.kind}. {kind.meaning}\n{judged.text}", flush=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.config.schema import Config
 from megascale.errors import UserError
+from megascale.file_lock import FileLock
 from megascale.launcher.batch_script import BatchJob
 from megascale.launcher.slurm_client import Job, Slurm
 
@@ -184,17 +186,48 @@ def check_paths(config: Config) -> None:
                 remedy="prepare it first (python -m data_prep tokenize), or correct data.path",
             )
     output = Path(config.run.output_dir)
-    try:
+    if not output.absolute().as_posix().isprintable() or "\\" in str(output):
+        raise UserError(
+            f"run.output_dir {str(output)!r}",
+            rule="Slurm takes no backslash, line break or the like in the name of a log",
+            remedy="choose another run.output_dir",
+        )
+    with output_errors(output):
         (output / "logs").mkdir(parents=True, exist_ok=True)
         probe = output / "logs" / f".writable-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
+
+
+@contextmanager
+def output_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses in the run's folder into a user's error."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write to run.output_dir {output}: {error.strerror}",
             rule="a run needs a folder that it may write to, shared by all machines",
             remedy="choose another run.output_dir, or free space",
         ) from error
+
+
+def submission_lock(name: str, output: Path) -> FileLock:
+    """Held while a run is looked for and queued, so that two at once do not both find it free.
+
+    Raises:
+        UserError: somebody is submitting this run.
+    """
+
+    def refuse(holder: str) -> UserError:
+        return UserError(
+            f"run {name} is being submitted by {holder}",
+            rule="two jobs of one run would write over each other",
+            remedy="wait for it, or choose another run.output_dir",
+        )
+
+    with output_errors(output):
+        return FileLock(output / ".submit.lock", refuse)
 
 
 def check_name_is_free(name: str, run: str, jobs: Sequence[Job]) -> None:
