@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from megascale.errors import UserError
-from megascale.launcher.attempt import STOP_NAME, Attempt, attempts, read_bad_nodes, read_json
+from megascale.launcher.attempt import STOP_NAME, Attempt, attempts, read_json
+from megascale.launcher.bad_nodes import read_bad_nodes
 from megascale.launcher.ends import KINDS
 from megascale.launcher.slurm_client import Job, Slurm
 

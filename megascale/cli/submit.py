@@ -14,6 +14,7 @@ from megascale.cli.config import ConfigFile, Overrides, all_checks
 from megascale.config.load import dump_config, load_config
 from megascale.config.schema import Config
 from megascale.errors import UserError
+from megascale.launcher.bad_nodes import read_bad_nodes
 from megascale.launcher.batch_script import BatchJob, render
 from megascale.launcher.slurm_client import Slurm
 from megascale.launcher.submission import (
@@ -66,33 +67,31 @@ def submit(
     ] = False,
 ) -> None:
     """Train on a Slurm cluster: everything that can be refused is refused before it is queued."""
+    if launcher not in ("srun", "torchrun"):
+        raise UserError(
+            f"--launcher {launcher}", rule="it is srun or torchrun", remedy="choose one of these"
+        )
+    tasks = ntasks_per_node or gpus_per_node or 1
+    checked = load_config(config, overrides or (), checks=all_checks(), world_size=nodes * tasks)
+    run = Path(checked.run.output_dir).absolute()
     request = Request(
         nodes=nodes,
-        tasks_per_node=ntasks_per_node or gpus_per_node or 1,
+        tasks_per_node=tasks,
         cpus_per_task=cpus_per_task,
         gpus_per_node=gpus_per_node,
         spare_nodes=over_allocate,
         time=time,
         partition=partition,
         lead_s=lead,
-    )
-    if launcher not in ("srun", "torchrun"):
-        raise UserError(
-            f"--launcher {launcher}", rule="it is srun or torchrun", remedy="choose one of these"
-        )
-    checked = load_config(
-        config,
-        overrides or (),
-        checks=all_checks(),
-        world_size=nodes * request.tasks_per_node,
+        excluded=read_bad_nodes(run),
     )
     for warning in check_layout(checked, request):
         typer.echo(f"warning: {warning}", err=True)
     options = {
         **_named(time=time, partition=partition, account=account, qos=qos, constraint=constraint),
         **({"gpus-per-node": str(gpus_per_node)} if gpus_per_node else {}),
+        **({"exclude": ",".join(request.excluded)} if request.excluded else {}),
     }
-    run = Path(checked.run.output_dir).absolute()
     job = BatchJob(
         name=run.name,
         config=str(run / "submitted.yaml"),

@@ -82,7 +82,7 @@ def compare_machines(config: Config, rank: int) -> None:
     """
     import torch.distributed as dist
 
-    from megascale.launcher.attempt import add_bad_nodes
+    from megascale.launcher.bad_nodes import add_bad_nodes
     from megascale.launcher.measurements import device_names, everybodys
     from megascale.launcher.preflight import compare, crossing_groups, gather_facts
 

@@ -4,6 +4,7 @@
                                                           it write? Prints settings for the shell.
     python -m megascale.launcher.attempt choose FOLDER    with spare machines: which to leave out?
     python -m megascale.launcher.attempt end FOLDER CODE  after srun: how did it end, once more?
+    python -m megascale.launcher.attempt exclude RUN      before a requeue: without which machines?
 
 An attempt is one start of a job by Slurm. Its folder RUN/attempts/NUMBER holds begin.json (job,
 nodes, newest checkpoint), started.json and outcome.json of rank 0, notes of ranks that failed,
@@ -28,18 +29,25 @@ from typing import Any
 
 from megascale.errors import UserError
 from megascale.file_lock import FileLock
+from megascale.launcher.bad_nodes import (
+    add_bad_nodes,
+    choose_nodes,
+    nodes_to_exclude,
+    read_bad_nodes,
+    short,
+)
 from megascale.launcher.ends import KINDS, REQUEUE_CODE, End, classify
 from megascale.launcher.environment import ATTEMPT_DIR
 from megascale.launcher.failure import read_notes
 from megascale.launcher.meeting import candidate_ports, host_names, listen
 from megascale.launcher.preflight import Facts, compare
+from megascale.launcher.slurm_client import Slurm
 
 LOCK_WAIT_S = 120.0
 _SEEN_S = 10.0
 NOTHING_TO_DO = 10
 """Exit code of `begin` when the run is over."""
 STOP_NAME = "STOP"
-BAD_NODES = "bad_nodes"
 BATCH_STOP = "by the batch script"
 """First words in a STOP file that the batch script made, so that they differ from a person's."""
 _FOLDER = "attempts"
@@ -286,6 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     middle = commands.add_parser("choose")
     middle.add_argument("folder", type=Path)
     middle.add_argument("--nodes", type=int, required=True)
+    without = commands.add_parser("exclude")
+    without.add_argument("run", type=Path)
+    without.add_argument("--nodes", type=int, required=True)
     last = commands.add_parser("end")
     last.add_argument("folder", type=Path)
     last.add_argument("code", type=int)
@@ -296,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands of the batch script; returns the exit code."""
     asked = _parser().parse_args(arguments)
-    commands = {"begin": _begin, "choose": _choose, "end": _end}
+    commands = {"begin": _begin, "choose": _choose, "end": _end, "exclude": _exclude}
     try:
         return commands[asked.command](asked)
     except UserError as error:
@@ -360,6 +371,23 @@ def _choose(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _exclude(asked: argparse.Namespace) -> int:
+    if not read_bad_nodes(asked.run):
+        return 0
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    names = [node["name"] for node in Slurm().nodes(partition)]
+    allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", asked.nodes))
+    try:
+        print(",".join(nodes_to_exclude(asked.run, names, allocated, asked.nodes)))
+    except UserError as error:  # the last attempt ends the run
+        print(f"megascale: {error}", file=sys.stderr, flush=True)
+        last = attempts(asked.run)[-1]
+        text = f"{error}\n{last.end.text if last.end else ''}"
+        write_json(last.folder / "end.json", asdict(End("bad node", text)))
+        return KINDS["bad node"].code
+    return 0
+
+
 def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[str]:
     """What the batch script evaluates: folder, machines to use, head and a port for torchrun."""
     use = choose_nodes(host_names(now.nodes), read_bad_nodes(run), _seconds(folder), num_nodes)
@@ -374,42 +402,10 @@ def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[
     ]
 
 
-def choose_nodes(
-    names: Sequence[str], bad: Sequence[str], seconds: Mapping[str, float], count: int
-) -> list[str]:
-    """The machines to use, in the allocation's order: the worst are left out.
-
-    Args:
-        seconds: of a matrix product on each; {} where nothing was measured. A machine that was
-            asked and did not answer is worse than a slow one.
-    """
-
-    def rank(name: str) -> tuple[bool, bool, float]:
-        return name in bad, bool(seconds) and name not in seconds, seconds.get(name, 0.0)
-
-    best = sorted(names, key=rank)[:count]
-    return [name for name in names if name in best]
-
-
 def _seconds(folder: Path) -> dict[str, float]:
     """What `megascale doctor --record` measured on each machine."""
     found = {path.stem: read_json(path) for path in (folder / "machines").glob("*.json")}
-    return {name: float(facts["product_s"]) for name, facts in found.items() if facts}
-
-
-def read_bad_nodes(run: Path) -> list[str]:
-    """Machines that this run is not to use again, as `megascale doctor` found them."""
-    path = run / BAD_NODES
-    return path.read_text().split() if path.exists() else []
-
-
-def add_bad_nodes(run: Path, names: Sequence[str]) -> None:
-    """Remember machines that are to be left out of the run's next attempts."""
-    known = read_bad_nodes(run)
-    new = [name for name in names if name not in known]
-    if new:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / BAD_NODES).write_text("\n".join([*known, *new]) + "\n")
+    return {short(name): float(facts["product_s"]) for name, facts in found.items() if facts}
 
 
 def _wait_for_folder(run: Path, now: Begin, wait_s: float = LOCK_WAIT_S) -> None:
@@ -451,7 +447,7 @@ def _is_lost(host: str, run: Path, now: Begin) -> bool:
     """Whether a machine was an earlier attempt's of the same submission, and is not this one's."""
 
     def has_it(nodes: str) -> bool:
-        return host.split(".")[0] in [name.split(".")[0] for name in host_names(nodes)]
+        return short(host) in map(short, host_names(nodes))
 
     earlier = [a.begin.nodes for a in attempts(run) if a.begin.submission == now.submission]
     return any(map(has_it, earlier)) and not has_it(now.nodes)

@@ -195,6 +195,10 @@ code=$?
 if ((!requeue_at_limit)) && [[ -e $MEGASCALE_ATTEMPT_DIR/outcome.json ]]; then
   exit 0 # the next job of the chain goes on
 fi
+# a machine that differs is left out, unless there is no other to take its place
+exclude=$(attempt exclude "$run" --nodes "$nodes")
+code=$?
+((code != 76)) || exit "$code"
 for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
   is_last || exit 0
   # its own TERM may end the command before it has told of its success
@@ -202,8 +206,8 @@ for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
   sleep "$pause"
 done
 for _ in 1 2 3 4 5; do # the next attempt goes elsewhere; Slurm's TERM may hit this command too
-  [[ -s $run/bad_nodes ]] || break
-  scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$(paste -sd, "$run/bad_nodes")" && break
+  [[ -n $exclude ]] || break
+  scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$exclude" && break
   sleep 1
 done
 sleep 60 # Slurm ends this shell

@@ -57,7 +57,7 @@ KINDS: Mapping[str, Kind] = {
         "parallel.activation_recomputation, a higher zero_stage or more ranks help.",
     ),
     "node failure": Kind(72, True, "A machine or its network was lost; it goes on elsewhere."),
-    "bad node": Kind(76, True, "A machine is not as the others; the next attempt leaves it out."),
+    "bad node": Kind(76, True, "A machine is not as the others; further attempts leave it out."),
     "hang": Kind(73, True, "A rank did not answer within parallel.collective_timeout_s."),
     "killed": Kind(
         74, True, "A process was killed from outside: memory of the machine, or an administrator."

@@ -22,7 +22,11 @@ _UNUSABLE = ("down", "drain", "fail", "not_resp", "unknown", "maint")
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of `megascale submit`, beside the config."""
+    """What a user asks of `megascale submit`, beside the config.
+
+    Attributes:
+        excluded: machines that the run's earlier attempts found bad.
+    """
 
     nodes: int
     tasks_per_node: int
@@ -32,6 +36,7 @@ class Request:
     time: str | None = None
     partition: str | None = None
     lead_s: int = 120
+    excluded: Sequence[str] = ()
 
 
 def seconds_of(text: str) -> int:
@@ -62,7 +67,7 @@ def check_request(request: Request, slurm: Slurm) -> None:
         UserError: no such partition, too many nodes, processors, GPUs or too much time.
     """
     partition, limits = _partition(request, slurm)
-    nodes = slurm.nodes(partition)
+    nodes = [n for n in slurm.nodes(partition) if n["name"] not in request.excluded]
     usable = [n for n in nodes if not any(word in n["state"].lower() for word in _UNUSABLE)]
     total = request.nodes + request.spare_nodes
     asked = f"--nodes {request.nodes}"
@@ -74,6 +79,7 @@ def check_request(request: Request, slurm: Slurm) -> None:
         raise UserError(
             f"{asked} in partition {partition}",
             rule=f"it has {len(nodes)} nodes"
+            + (f" beside bad ones ({', '.join(request.excluded)})" if request.excluded else "")
             + (f", and a job may take {most} of them" if most.isdecimal() else ""),
             remedy=f"ask for at most {largest}, or for another partition",
         )

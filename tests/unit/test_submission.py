@@ -224,6 +224,7 @@ def test_a_request_that_fits(slurm: Slurm) -> None:
         (Request(1, 1, 1, partition="shut"), "is DOWN"),
         (Request(2, 1, 1, partition="small"), "may take 1"),
         (Request(5, 1, 1), "it has 4 nodes"),
+        (Request(4, 1, 1, excluded=["a4"]), "it has 3 nodes beside bad ones (a4)"),
         (Request(3, 1, 1, spare_nodes=2), "--over-allocate 2"),
         (Request(4, 1, 1), r"a4 down"),
         (Request(1, 9, 8), "largest has 64 cpus"),
