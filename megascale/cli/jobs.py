@@ -23,6 +23,7 @@ app = typer.Typer(help="Look at and end runs on a Slurm cluster.", no_args_is_he
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its output folder.")]
 _LABEL = re.compile(r"^\s*(\d+): ?")
 _POLL_S = 0.5
+_AT_WORK = ("RUNNING", "SUSPENDED", "COMPLETING")
 _ASK_S = 5.0  # the controller is asked less often than the file
 
 
@@ -122,7 +123,7 @@ def why(run: Run) -> None:
         typer.echo("no attempt has begun")
         return
     last = done[-1]
-    if last.end is None and any(job.state == "RUNNING" for job in alive):
+    if last.end is None and any(job.state in _AT_WORK for job in alive):
         typer.echo(_attempt_line(last))
         done = done[:-1]
         if not done:

@@ -341,6 +341,19 @@ def test_a_run_whose_folder_was_taken_over_ends(
     later.release()
 
 
+def test_a_run_whose_folder_is_gone_ends_after_its_step(tmp_path: Path) -> None:
+    """Before it makes a new folder with a part of the run in it."""
+    lock = RunLock(str(tmp_path / "run"))
+    manager = CheckpointManager(str(tmp_path / "run" / "checkpoints"), locks=[lock])
+    assert not manager.has_failed()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert manager.has_failed()
+    with pytest.raises(UserError, match="run is gone"):
+        manager.finish()
+    manager.close()
+    assert not (tmp_path / "run").exists()
+
+
 def test_why_of_an_attempt_that_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
