@@ -27,6 +27,7 @@ bert) exec bash "$here/quickstart_bert.sh" ;;
   exit 2
   ;;
 esac
+# shellcheck source=launch/quickstart_parts.sh
 source "$here/quickstart_parts.sh"
 
 vocab_size=1024

@@ -14,6 +14,7 @@
 #   QUICKSTART_CONFIG  configs/bert_tiny.yaml
 
 set -euo pipefail
+# shellcheck source=launch/quickstart_parts.sh
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_parts.sh"
 
 vocab_size=4096

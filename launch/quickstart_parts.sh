@@ -2,6 +2,8 @@
 #
 # Sets called_from, root and moves to root. The functions use what the script sets: input, config,
 # nproc, dir, and what they set themselves: python, megascale, run_dir, settings.
+#
+# shellcheck shell=bash disable=SC2154
 
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

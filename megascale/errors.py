@@ -34,5 +34,9 @@ class NodeError(UserError):
     """A run that does not start because of a machine that is not as the others."""
 
 
+class TakenOverError(UserError):
+    """A run that ends because Slurm took its machine for lost and goes on elsewhere."""
+
+
 class PeerError(UserError):
     """A run that ends because of another rank, whose own error says more."""

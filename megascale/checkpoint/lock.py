@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megascale.checkpoint.storage import explain_write_errors
-from megascale.errors import UserError
+from megascale.errors import TakenOverError, UserError
 from megascale.file_lock import FileLock
 
 LOCK_NAME = ".run.lock"
@@ -30,21 +31,28 @@ class RunLock:
         with explain_write_errors(str(path)):
             self._lock = FileLock(path, lambda holder: _taken(path.parent, holder, setting))
 
-    def was_taken_over(self) -> bool:
-        """Whether the folder is a later attempt's: this one is lost, and must write no more."""
-        return self._lock.was_taken_over()
+    def is_lost(self) -> bool:
+        """Whether this run must write no more: the folder is a later attempt's, or is gone."""
+        return self._lock.was_taken_over() or not os.path.isdir(self.folder)
 
     def require_held(self) -> None:
-        """Refuse to go on in a folder that is another attempt's by now.
+        """Refuse to go on in a folder that is another attempt's by now, or is gone.
 
         Raises:
-            UserError: it is.
+            TakenOverError: it is another attempt's.
+            UserError: it is gone.
         """
-        if self.was_taken_over():
-            raise UserError(
+        if self._lock.was_taken_over():
+            raise TakenOverError(
                 f"a later attempt at this run has taken {self.folder} over",
                 rule="Slurm took this machine for lost and started the run elsewhere",
                 remedy="nothing needs to be done: the later attempt goes on",
+            )
+        if self.is_lost():
+            raise UserError(
+                f"{self.folder} is gone",
+                rule="a run's folder stays where it is while the run goes on",
+                remedy="bring it back and start the run again with --resume",
             )
 
     def release(self) -> None:

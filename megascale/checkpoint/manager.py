@@ -256,14 +256,14 @@ class CheckpointManager(CheckpointFolder):
 
     def has_failed(self) -> bool:
         """Whether this rank can save no more, or did not; `finish` tells why."""
-        return self._task.failed() or any(lock.was_taken_over() for lock in self._locks)
+        return self._task.failed() or any(lock.is_lost() for lock in self._locks)
 
     def finish(self) -> None:
         """Wait until nothing is being saved in the background.
 
         Raises:
             UserError: the save failed; told once. The checkpoints before it are untouched. Or
-                the folder is another attempt's by now.
+                the folder is another attempt's by now, or gone.
         """
         self._task.wait()
         for lock in self._locks:

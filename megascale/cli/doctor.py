@@ -14,7 +14,8 @@ from megascale.cli.config import all_checks
 from megascale.cli.process import distributed_process
 from megascale.config.load import load_config
 from megascale.config.schema import Config
-from megascale.launcher.attempt import add_bad_nodes, write_json
+from megascale.launcher.attempt import write_json
+from megascale.launcher.bad_nodes import add_bad_nodes
 from megascale.launcher.environment import process_info, world_size_of
 from megascale.launcher.preflight import Facts, Finding, compare, gather_facts
 from megascale.launcher.slurm_client import Slurm

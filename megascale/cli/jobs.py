@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from megascale.errors import UserError
-from megascale.launcher.attempt import STOP_NAME, Attempt, attempts, read_bad_nodes, read_json
+from megascale.launcher.attempt import STOP_NAME, Attempt, attempts, read_json
+from megascale.launcher.bad_nodes import read_bad_nodes
 from megascale.launcher.ends import KINDS
 from megascale.launcher.slurm_client import Job, Slurm
 
@@ -22,6 +23,7 @@ app = typer.Typer(help="Look at and end runs on a Slurm cluster.", no_args_is_he
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its output folder.")]
 _LABEL = re.compile(r"^\s*(\d+): ?")
 _POLL_S = 0.5
+_AT_WORK = ("RUNNING", "SUSPENDED", "COMPLETING")
 _ASK_S = 5.0  # the controller is asked less often than the file
 
 
@@ -43,7 +45,8 @@ def status(
         typer.echo(_attempt_line(attempt))
     last = _last_metrics(folder)
     if last is not None:
-        typer.echo(f"last step {last['step']}, loss {last['loss']:.4f}")
+        loss = last["loss"]
+        typer.echo(f"last step {last['step']}, loss {'nan' if loss is None else f'{loss:.4f}'}")
     bad = read_bad_nodes(folder)
     if bad:
         typer.echo(f"machines left out: {', '.join(bad)}")
@@ -120,7 +123,7 @@ def why(run: Run) -> None:
         typer.echo("no attempt has begun")
         return
     last = done[-1]
-    if last.end is None and any(job.state == "RUNNING" for job in alive):
+    if last.end is None and any(job.state in _AT_WORK for job in alive):
         typer.echo(_attempt_line(last))
         done = done[:-1]
         if not done:

@@ -14,6 +14,7 @@ from megascale.cli.config import ConfigFile, Overrides, all_checks
 from megascale.config.load import dump_config, load_config
 from megascale.config.schema import Config
 from megascale.errors import UserError
+from megascale.launcher.bad_nodes import read_bad_nodes
 from megascale.launcher.batch_script import BatchJob, render
 from megascale.launcher.slurm_client import Slurm
 from megascale.launcher.submission import (
@@ -23,7 +24,9 @@ from megascale.launcher.submission import (
     check_name_is_free,
     check_paths,
     check_request,
+    output_errors,
     script_path,
+    submission_lock,
 )
 
 _ENVIRONMENT_FILE = Path(__file__).resolve().parents[2] / "launch" / "env.sh"
@@ -64,33 +67,31 @@ def submit(
     ] = False,
 ) -> None:
     """Train on a Slurm cluster: everything that can be refused is refused before it is queued."""
+    if launcher not in ("srun", "torchrun"):
+        raise UserError(
+            f"--launcher {launcher}", rule="it is srun or torchrun", remedy="choose one of these"
+        )
+    tasks = ntasks_per_node or gpus_per_node or 1
+    checked = load_config(config, overrides or (), checks=all_checks(), world_size=nodes * tasks)
+    run = Path(checked.run.output_dir).absolute()
     request = Request(
         nodes=nodes,
-        tasks_per_node=ntasks_per_node or gpus_per_node or 1,
+        tasks_per_node=tasks,
         cpus_per_task=cpus_per_task,
         gpus_per_node=gpus_per_node,
         spare_nodes=over_allocate,
         time=time,
         partition=partition,
         lead_s=lead,
-    )
-    if launcher not in ("srun", "torchrun"):
-        raise UserError(
-            f"--launcher {launcher}", rule="it is srun or torchrun", remedy="choose one of these"
-        )
-    checked = load_config(
-        config,
-        overrides or (),
-        checks=all_checks(),
-        world_size=nodes * request.tasks_per_node,
+        excluded=read_bad_nodes(run),
     )
     for warning in check_layout(checked, request):
         typer.echo(f"warning: {warning}", err=True)
     options = {
         **_named(time=time, partition=partition, account=account, qos=qos, constraint=constraint),
         **({"gpus-per-node": str(gpus_per_node)} if gpus_per_node else {}),
+        **({"exclude": ",".join(request.excluded)} if request.excluded else {}),
     }
-    run = Path(checked.run.output_dir).absolute()
     job = BatchJob(
         name=run.name,
         config=str(run / "submitted.yaml"),
@@ -116,8 +117,12 @@ def submit(
         typer.echo(render(job), nl=False)
         return
     check_paths(checked)
-    _check_cluster(request, job, needed=True)
-    _queue(job, checked, chain)
+    lock = submission_lock(job.name, run)
+    try:
+        _check_cluster(request, job, needed=True)
+        _queue(job, checked, chain)
+    finally:
+        lock.release()
 
 
 def _check_cluster(request: Request, job: BatchJob, needed: bool) -> None:
@@ -132,16 +137,16 @@ def _check_cluster(request: Request, job: BatchJob, needed: bool) -> None:
 
 def _queue(job: BatchJob, checked: Config, chain: int) -> None:
     """Write config and script into the run's folder and queue the links of the chain."""
-    Path(job.config).write_text(dump_config(checked))
     script = script_path(job)
-    script.write_text(render(job))
+    with output_errors(Path(job.run)):
+        Path(job.config).write_text(dump_config(checked))
+        script.write_text(render(job))
     slurm = Slurm()
     numbers: list[str] = []
     try:
         for _ in range(chain):
-            numbers.append(
-                slurm.submit(str(script), *chain_options(numbers[-1] if numbers else None))
-            )
+            options = chain_options(numbers[-1] if numbers else None)
+            numbers.append(slurm.submit(str(script), *options, run=job.run, known=numbers))
     except UserError:
         if numbers:  # half a chain is not what was asked for
             slurm.cancel(numbers)
@@ -161,12 +166,19 @@ def _absolute(folder: str) -> str:
 
 def _container(image: str, config: Config, run: Path) -> tuple[str, ...]:
     """srun's pyxis options: the image, and the folders that a run reads and writes."""
-    folders = [str(Path.cwd()), str(run)]
-    folders += config.data.source_paths
-    inside = sorted({str(Path(f).absolute().parent) for f in folders[2:] if "://" not in f})
-    mounts = ",".join(f"{folder}:{folder}" for folder in dict.fromkeys([*folders[:2], *inside]))
+    data, saving = config.data, config.checkpoint
+    named = [*data.source_paths, *map(str, data.validation.values()), data.tokenizer]
+    named += [data.cache_dir, saving.folder, saving.staging_dir, saving.init_from]
+    inside = {_mounted(Path(name).absolute()) for name in named if name and "://" not in name}
+    folders = dict.fromkeys([Path.cwd(), run, *sorted(inside)])
+    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
     return (
         f"--container-image={image}",
         f"--container-mounts={mounts}",
         f"--container-workdir={Path.cwd()}",
     )
+
+
+def _mounted(path: Path) -> Path:
+    """The folder above: a prefix is no folder, and one yet to be made cannot be mounted."""
+    return path if path.parent == Path(path.anchor) else path.parent

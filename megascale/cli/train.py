@@ -28,8 +28,10 @@ def train(
 ) -> None:
     """Pretrain a model; also under torchrun or the deepspeed launcher."""
     # torch costs seconds: what can be refused is refused before it is imported
+    from megascale.launcher.attempt import check_folder_is_seen
     from megascale.launcher.environment import world_size_of
 
+    check_folder_is_seen()
     checked = load_config(
         config, overrides or (), checks=all_checks(), world_size=world_size_of(nproc)
     )
@@ -80,7 +82,7 @@ def compare_machines(config: Config, rank: int) -> None:
     """
     import torch.distributed as dist
 
-    from megascale.launcher.attempt import add_bad_nodes
+    from megascale.launcher.bad_nodes import add_bad_nodes
     from megascale.launcher.measurements import device_names, everybodys
     from megascale.launcher.preflight import compare, crossing_groups, gather_facts
 

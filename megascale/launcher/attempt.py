@@ -4,6 +4,7 @@
                                                           it write? Prints settings for the shell.
     python -m megascale.launcher.attempt choose FOLDER    with spare machines: which to leave out?
     python -m megascale.launcher.attempt end FOLDER CODE  after srun: how did it end, once more?
+    python -m megascale.launcher.attempt exclude RUN      before a requeue: without which machines?
 
 An attempt is one start of a job by Slurm. Its folder RUN/attempts/NUMBER holds begin.json (job,
 nodes, newest checkpoint), started.json and outcome.json of rank 0, notes of ranks that failed,
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,17 +29,25 @@ from typing import Any
 
 from megascale.errors import UserError
 from megascale.file_lock import FileLock
+from megascale.launcher.bad_nodes import (
+    add_bad_nodes,
+    choose_nodes,
+    nodes_to_exclude,
+    read_bad_nodes,
+    short,
+)
 from megascale.launcher.ends import KINDS, REQUEUE_CODE, End, classify
 from megascale.launcher.environment import ATTEMPT_DIR
 from megascale.launcher.failure import read_notes
 from megascale.launcher.meeting import candidate_ports, host_names, listen
 from megascale.launcher.preflight import Facts, compare
+from megascale.launcher.slurm_client import Slurm
 
 LOCK_WAIT_S = 120.0
+_SEEN_S = 10.0
 NOTHING_TO_DO = 10
 """Exit code of `begin` when the run is over."""
 STOP_NAME = "STOP"
-BAD_NODES = "bad_nodes"
 BATCH_STOP = "by the batch script"
 """First words in a STOP file that the batch script made, so that they differ from a person's."""
 _FOLDER = "attempts"
@@ -98,8 +108,7 @@ def begin(run: Path, now: Begin, most: int) -> tuple[Path | None, End | None]:
     """
     earlier = [a for a in attempts(run) if a.begin.submission == now.submission]
     over = _over(run, earlier, now, most)
-    number = len(list((run / _FOLDER).glob("[0-9]*"))) + 1
-    folder = run / _FOLDER / f"{number:04d}"
+    folder = run / _FOLDER / f"{_last_number(run) + 1:04d}"
     if over is None or over.kind == "no progress":
         folder.mkdir(parents=True)
         write_json(folder / "begin.json", asdict(now))
@@ -108,6 +117,12 @@ def begin(run: Path, now: Begin, most: int) -> tuple[Path | None, End | None]:
             write_json(folder / "end.json", asdict(over))
         return None, over
     return folder, None
+
+
+def _last_number(run: Path) -> int:
+    """Of the newest attempt's folder; people tidy up, so it may not be their number."""
+    names = (path.name for path in (run / _FOLDER).glob("[0-9]*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _over(run: Path, earlier: Sequence[Attempt], now: Begin, most: int) -> End | None:
@@ -142,10 +157,19 @@ def end(folder: Path, code: int, state: str = "RUNNING") -> End:
 
     Args:
         code: srun's exit code.
-        state: of the job, by Slurm.
+        state: of the job, by Slurm, see `classify`.
+
+    Raises:
+        UserError: there is no such attempt any more.
     """
-    start = Begin(**(read_json(folder / "begin.json") or {}))
-    asked = folder / "asked"
+    found = read_json(folder / "begin.json")
+    if found is None:
+        raise UserError(
+            f"{folder} is gone, or unreadable",
+            rule="a run's folder stays where it is while the run goes on",
+            remedy="bring it back and submit the run again: it goes on from what is there",
+        )
+    start, asked = Begin(**found), folder / "asked"
     judged = classify(
         code,
         read_json(folder / "outcome.json"),
@@ -154,7 +178,10 @@ def end(folder: Path, code: int, state: str = "RUNNING") -> End:
         _log_of(start),
         state,
     )
-    write_json(folder / "end.json", asdict(judged))
+    try:
+        write_json(folder / "end.json", asdict(judged))
+    except OSError as error:  # the verdict counts, even where it cannot be kept
+        print(f"warning: {folder}/end.json: {error.strerror}", file=sys.stderr, flush=True)
     return judged
 
 
@@ -181,6 +208,24 @@ def attempt_folder(environment: Mapping[str, str] | None = None) -> Path | None:
     """The folder of the attempt that this process belongs to; None without a batch script."""
     name = (os.environ if environment is None else environment).get(ATTEMPT_DIR)
     return Path(name) if name else None
+
+
+def check_folder_is_seen(wait_s: float = _SEEN_S) -> None:
+    """Refuse a machine on which the run's folder is not the one of the batch script.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder, deadline = attempt_folder(), time.monotonic() + wait_s
+    while folder is not None and not folder.is_dir():  # network file systems may be seconds late
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{socket.gethostname()} does not see {folder}",
+                rule="run.output_dir is one folder that all machines share (and, with containers, "
+                "that is mounted)",
+                remedy="choose a run.output_dir on a shared file system, or mount it there",
+            )
+        time.sleep(0.5)
 
 
 def write_started(step: int, world_size: int) -> None:
@@ -249,6 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     middle = commands.add_parser("choose")
     middle.add_argument("folder", type=Path)
     middle.add_argument("--nodes", type=int, required=True)
+    without = commands.add_parser("exclude")
+    without.add_argument("run", type=Path)
+    without.add_argument("--nodes", type=int, required=True)
     last = commands.add_parser("end")
     last.add_argument("folder", type=Path)
     last.add_argument("code", type=int)
@@ -259,12 +307,23 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands of the batch script; returns the exit code."""
     asked = _parser().parse_args(arguments)
-    if asked.command in ("begin", "choose"):
-        try:
-            return _begin(asked) if asked.command == "begin" else _choose(asked)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return error.exit_code
+    commands = {"begin": _begin, "choose": _choose, "end": _end, "exclude": _exclude}
+    try:
+        return commands[asked.command](asked)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written to
+        refused = UserError(
+            f"{error.filename}: {error.strerror}",
+            rule="the batch script keeps a record of each attempt in the run's folder",
+            remedy="free space, or mend the folder, and submit the run again",
+        )
+        print(f"error: {refused}", file=sys.stderr, flush=True)
+        return KINDS["error"].code
+
+
+def _end(asked: argparse.Namespace) -> int:
     judged = end(asked.folder, asked.code, asked.state)
     kind = KINDS[judged.kind]
     print(f"megascale: {judged.kind}. {kind.meaning}\n{judged.text}", flush=True)
@@ -312,6 +371,23 @@ def _choose(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _exclude(asked: argparse.Namespace) -> int:
+    if not read_bad_nodes(asked.run):
+        return 0
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    names = [node["name"] for node in Slurm().nodes(partition)]
+    allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", asked.nodes))
+    try:
+        print(",".join(nodes_to_exclude(asked.run, names, allocated, asked.nodes)))
+    except UserError as error:  # the last attempt ends the run
+        print(f"megascale: {error}", file=sys.stderr, flush=True)
+        last = attempts(asked.run)[-1]
+        text = f"{error}\n{last.end.text if last.end else ''}"
+        write_json(last.folder / "end.json", asdict(End("bad node", text)))
+        return KINDS["bad node"].code
+    return 0
+
+
 def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[str]:
     """What the batch script evaluates: folder, machines to use, head and a port for torchrun."""
     use = choose_nodes(host_names(now.nodes), read_bad_nodes(run), _seconds(folder), num_nodes)
@@ -326,42 +402,10 @@ def shell_settings(run: Path, folder: Path, now: Begin, num_nodes: int) -> list[
     ]
 
 
-def choose_nodes(
-    names: Sequence[str], bad: Sequence[str], seconds: Mapping[str, float], count: int
-) -> list[str]:
-    """The machines to use, in the allocation's order: the worst are left out.
-
-    Args:
-        seconds: of a matrix product on each; {} where nothing was measured. A machine that was
-            asked and did not answer is worse than a slow one.
-    """
-
-    def rank(name: str) -> tuple[bool, bool, float]:
-        return name in bad, bool(seconds) and name not in seconds, seconds.get(name, 0.0)
-
-    best = sorted(names, key=rank)[:count]
-    return [name for name in names if name in best]
-
-
 def _seconds(folder: Path) -> dict[str, float]:
     """What `megascale doctor --record` measured on each machine."""
     found = {path.stem: read_json(path) for path in (folder / "machines").glob("*.json")}
-    return {name: float(facts["product_s"]) for name, facts in found.items() if facts}
-
-
-def read_bad_nodes(run: Path) -> list[str]:
-    """Machines that this run is not to use again, as `megascale doctor` found them."""
-    path = run / BAD_NODES
-    return path.read_text().split() if path.exists() else []
-
-
-def add_bad_nodes(run: Path, names: Sequence[str]) -> None:
-    """Remember machines that are to be left out of the run's next attempts."""
-    known = read_bad_nodes(run)
-    new = [name for name in names if name not in known]
-    if new:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / BAD_NODES).write_text("\n".join([*known, *new]) + "\n")
+    return {short(name): float(facts["product_s"]) for name, facts in found.items() if facts}
 
 
 def _wait_for_folder(run: Path, now: Begin, wait_s: float = LOCK_WAIT_S) -> None:
@@ -403,7 +447,7 @@ def _is_lost(host: str, run: Path, now: Begin) -> bool:
     """Whether a machine was an earlier attempt's of the same submission, and is not this one's."""
 
     def has_it(nodes: str) -> bool:
-        return host.split(".")[0] in [name.split(".")[0] for name in host_names(nodes)]
+        return short(host) in map(short, host_names(nodes))
 
     earlier = [a.begin.nodes for a in attempts(run) if a.begin.submission == now.submission]
     return any(map(has_it, earlier)) and not has_it(now.nodes)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,18 +63,26 @@ def render(job: BatchJob) -> str:
 def _directives(job: BatchJob) -> list[str]:
     one_a_machine = job.launcher == "torchrun"
     options: dict[str, str | None] = {
-        "job-name": job.name,
-        "comment": f"megascale:{job.run}",
+        "job-name": _quoted(job.name),
+        "comment": _quoted(f"megascale:{job.run}"),
         "nodes": str(job.nodes + job.spare_nodes),
         "ntasks-per-node": "1" if one_a_machine else str(job.tasks_per_node),
         "cpus-per-task": str(job.cpus_per_task * (job.tasks_per_node if one_a_machine else 1)),
         "signal": f"B:USR1@{job.lead_s}",
-        "output": f"{job.run}/logs/slurm_%j.out",
+        "output": _quoted(job.run.replace("%", "%%") + "/logs/slurm_%j.out"),
         "open-mode": "append",
         "requeue": None,
         **job.options,
     }
     return [f"#SBATCH --{k}" if v is None else f"#SBATCH --{k}={v}" for k, v in options.items()]
+
+
+def _quoted(value: str) -> str:
+    """A value of a directive, whose quotes are Slurm's own, not the shell's."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _settings(job: BatchJob) -> str:
@@ -112,6 +121,7 @@ _BODY = """
 # ---- nothing below needs editing
 set -uo pipefail # not -e: how an attempt ended is judged from its markers, not from exit codes
 log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+[[ -e $log ]] || log=$run/logs/slurm_$SLURM_JOB_ID.out # some versions do not fill in %j
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it from sbatch since 22.05
 cpus=$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE)) # of this job on each machine
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / tasks_per_node))}
@@ -156,6 +166,7 @@ fi
 train=("$train_python" -m megascale train "$config" --resume "run.output_dir=$run")
 train+=("${overrides[@]}")
 options=(--nodes="$nodes" --nodelist="$use_nodes" --kill-on-bad-exit=1 --wait=60 --label)
+options+=(--distribution=block) # neighbours share matrices, whatever the site's default
 case $launcher in
   srun) command=(--ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node"
     "${container[@]}" "${train[@]}") ;;
@@ -173,7 +184,10 @@ while kill -0 "$step" 2>/dev/null; do # a trap interrupts wait
   code=$?
 done
 
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) # "" while the controller is away
+state="" restarts="" # both stay so while the controller is away
+read -r state restarts < <(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=State:30,RestartCnt)
+# a preemption without grace, an administrator: Slurm ended the ranks, and starts the job again
+((${restarts:-0} <= ${SLURM_RESTART_COUNT:-0})) || state=REQUEUED
 attempt end "$MEGASCALE_ATTEMPT_DIR" "$code" --state "$state"
 code=$?
 ((code == 75)) || exit "$code"
@@ -181,6 +195,10 @@ code=$?
 if ((!requeue_at_limit)) && [[ -e $MEGASCALE_ATTEMPT_DIR/outcome.json ]]; then
   exit 0 # the next job of the chain goes on
 fi
+# a machine that differs is left out, unless there is no other to take its place
+exclude=$(attempt exclude "$run" --nodes "$nodes")
+code=$?
+((code != 76)) || exit "$code"
 for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
   is_last || exit 0
   # its own TERM may end the command before it has told of its success
@@ -188,8 +206,8 @@ for pause in 1 2 5 10 20 40 60 0; do # the controller may be away
   sleep "$pause"
 done
 for _ in 1 2 3 4 5; do # the next attempt goes elsewhere; Slurm's TERM may hit this command too
-  [[ -s $run/bad_nodes ]] || break
-  scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$(paste -sd, "$run/bad_nodes")" && break
+  [[ -n $exclude ]] || break
+  scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$exclude" && break
   sleep 1
 done
 sleep 60 # Slurm ends this shell

@@ -39,7 +39,12 @@ KINDS: Mapping[str, Kind] = {
         0, False, "Someone asked it to stop; it saved first. Submit it again to go on."
     ),
     "time limit": Kind(0, True, "The job's time was nearly over; it saved and goes on."),
-    "preempted": Kind(0, True, "Slurm takes the nodes back; it saved and goes on later."),
+    "preempted": Kind(
+        0,
+        True,
+        "Slurm took the nodes back (a preemption, a requeue by an administrator); it goes on later "
+        "from its newest checkpoint.",
+    ),
     "cancelled": Kind(0, False, "scancel ended it; submit it again to go on."),
     "config error": Kind(2, False, "The request cannot work; correct it and submit again."),
     "numerical": Kind(
@@ -52,7 +57,7 @@ KINDS: Mapping[str, Kind] = {
         "parallel.activation_recomputation, a higher zero_stage or more ranks help.",
     ),
     "node failure": Kind(72, True, "A machine or its network was lost; it goes on elsewhere."),
-    "bad node": Kind(76, True, "A machine is not as the others; the next attempt leaves it out."),
+    "bad node": Kind(76, True, "A machine is not as the others; further attempts leave it out."),
     "hang": Kind(73, True, "A rank did not answer within parallel.collective_timeout_s."),
     "killed": Kind(
         74, True, "A process was killed from outside: memory of the machine, or an administrator."
@@ -72,7 +77,9 @@ _NODE_LOST = re.compile(
     r"Job step aborted: .*Node",
     re.I,
 )
-_KILLED = re.compile(r"task[s]? [\d,-]+: Killed|signal 9|SIGKILL", re.I)
+_KILLED = re.compile(r"tasks? [\d,-]+: (Killed|Terminated)|signal (9|15)\b|SIGKILL", re.I)
+_REFUSED = re.compile(r"tasks? [\d,-]+: Exited with exit code 2$", re.I | re.M)
+_FIRST_ERROR = re.compile(r"^(\s*\d+: )?error: ", re.M)
 _SILENT = re.compile(r"timed? ?out|timeout", re.I)
 
 
@@ -109,12 +116,13 @@ def classify(
         asked: why the batch script asked the run to end; "" if it did not.
         notes: of the ranks that failed.
         log: what the attempt printed.
-        state: of the job, by Slurm; the ranks of one that runs on got SIGTERM by a preemption,
-            which the batch script is not told of.
+        state: of the job, by Slurm; REQUEUED: it ended the ranks to start the job again. The ranks
+            of one that runs on got SIGTERM by a preemption with a time of grace, which the batch
+            script is not told of.
     """
     alive = state in ("RUNNING", "")
     if outcome is not None:
-        return _good_end(outcome, asked, alive)
+        return _good_end(outcome, asked, alive or state == "REQUEUED")
     causes = sorted((n for n in notes.values() if not n.lost_peer), key=lambda n: n.time_s)
     if causes:
         first = causes[0]
@@ -125,6 +133,8 @@ def classify(
         return End("out of memory", _line_with(_OUT_OF_MEMORY, log))
     if _NODE_LOST.search(log):
         return End("node failure", _line_with(_NODE_LOST, log))
+    if state == "REQUEUED":
+        return End("preempted", "Slurm ended it to start it again, before it had saved")
     if not alive:
         return End("cancelled", f"it was {state.lower()} before it had saved")
     lost = sorted(notes.values(), key=lambda n: n.time_s)
@@ -133,22 +143,30 @@ def classify(
         kind = "hang" if _SILENT.search(first.text) else "node failure"
         text = f"rank {first.rank} on {first.host} lost another rank: {first.text.splitlines()[0]}"
         return End(kind, text, first.rank, first.host)
-    if _KILLED.search(log) or code in (137, 9):
+    if _REFUSED.search(log):  # before it could leave a note, or where there is no folder for it
+        return End("config error", _text_from(_FIRST_ERROR, log) or _line_with(_REFUSED, log))
+    if _KILLED.search(log) or code in (137, 9, 143, 15):
         return End("killed", _line_with(_KILLED, log) or f"exit code {code}")
     return End("error", f"exit code {code}, and no rank said why\n{_tail(log)}")
 
 
-def _good_end(outcome: Mapping[str, Any], asked: str, alive: bool) -> End:
+def _good_end(outcome: Mapping[str, Any], asked: str, goes_on: bool) -> End:
     step, reason = outcome["step"], outcome["reason"]
     if outcome["kind"] == "finished":
         return End("finished", f"at step {step}" + (f": {reason}" if reason else ""))
-    by_signal = "preempted" if alive else "cancelled"
+    by_signal = "preempted" if goes_on else "cancelled"
     kind = asked or (by_signal if "SIGTERM" in reason else "user stop")
     return End(kind, f"saved and ended at step {step} ({reason})")
 
 
 def _line_with(pattern: re.Pattern[str], log: str) -> str:
     return next((line for line in log.splitlines() if pattern.search(line)), "")
+
+
+def _text_from(pattern: re.Pattern[str], log: str, lines: int = 3) -> str:
+    """An error with its rule and remedy: the first line that matches, and those after it."""
+    match = pattern.search(log)
+    return "" if match is None else "\n".join(log[match.start() :].splitlines()[:lines])
 
 
 def _tail(log: str, lines: int = 20) -> str:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megascale.errors import NodeError, NumericalError, PeerError, UserError
+from megascale.errors import NodeError, NumericalError, PeerError, TakenOverError, UserError
 from megascale.launcher.environment import ATTEMPT_DIR, FAILURE_DIR
 
 _BACKEND_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -73,6 +74,8 @@ def kind_of(error: BaseException) -> str:
         return "numerical"
     if isinstance(error, NodeError):
         return "bad node"
+    if isinstance(error, TakenOverError):
+        return "node failure"
     if isinstance(error, UserError):
         return "config error"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -95,13 +98,20 @@ def launcher_speaks() -> bool:
 
 
 def leave_note(failure: Failure) -> None:
-    """Write the note for `launch_local` or the batch script, where there is one."""
+    """Write the note for `launch_local` or the batch script, where there is one.
+
+    A folder that cannot be written to (a full disk, one that is gone) may be the failure itself,
+    which is told by other ways, too.
+    """
     folder = os.environ.get(FAILURE_DIR) or os.environ.get(ATTEMPT_DIR)
     if folder:
         path = _path(Path(folder), failure.rank)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(failure)))
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(asdict(failure)))
+            partial.replace(path)
+        except OSError as error:
+            print(f"warning: no note in {path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def leave_mark(rank: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megascale.errors import UserError
+from megascale.errors import PeerError, UserError
 from megascale.launcher.environment import ProcessInfo
 
 PORT_WINDOWS = (range(20_000, 30_000), range(61_000, 65_000))
@@ -67,9 +67,7 @@ def meeting_point(
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     address = env.get("MASTER_ADDR") or head_node(nodes)
     if (info.num_nodes or 1) > 1:
-        check_address(address, "the head node", resolve)
-        if "GLOO_SOCKET_IFNAME" not in env:
-            check_address(socket.gethostname(), "this machine's own name", resolve)
+        check_names(address, env, resolve)
     names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
     identity = ".".join(env.get(name, "0") for name in names)
     port = env.get("MASTER_PORT", "")
@@ -117,6 +115,24 @@ def host_names(nodes: str) -> list[str]:
     )
 
 
+def check_names(
+    head: str, environment: Mapping[str, str] | None = None, resolve: Resolve | None = None
+) -> None:
+    """Refuse a head node, or a name of this machine, that other machines cannot use.
+
+    Rank 0 listens on every interface, so what the head calls itself counts only for gloo, which
+    binds to the address of the machine's own name, or to GLOO_SOCKET_IFNAME.
+
+    Raises:
+        UserError: it has no address, or a loopback one.
+    """
+    own = socket.gethostname()
+    if head.split(".")[0] != own.split(".")[0]:
+        check_address(head, "the head node", resolve)
+    if "GLOO_SOCKET_IFNAME" not in (os.environ if environment is None else environment):
+        check_address(own, "this machine's own name", resolve)
+
+
 def check_address(name: str, what: str, resolve: Resolve | None = None) -> None:
     """Refuse a name that other machines cannot use.
 
@@ -137,7 +153,7 @@ def check_address(name: str, what: str, resolve: Resolve | None = None) -> None:
             f"{what}, {name}, is {', '.join(found)} on {socket.gethostname()}",
             rule="with several machines no rank may listen on a loopback address",
             remedy=f"give {name} its network address in /etc/hosts, where Debian has 127.0.1.1, "
-            "or set MASTER_ADDR to it and GLOO_SOCKET_IFNAME to the interface",
+            "or export GLOO_SOCKET_IFNAME, the interface to the other machines (ip addr)",
         )
 
 
@@ -208,7 +224,7 @@ def find(point: MeetingPoint, wait_s: float) -> int:
     """Another rank: the port of rank 0's store.
 
     Raises:
-        UserError: rank 0 was not found within `wait_s` seconds.
+        PeerError: rank 0 was not found within `wait_s` seconds: its machine may be lost.
     """
     deadline = time.monotonic() + wait_s
     reason = "nobody listens there"
@@ -223,7 +239,7 @@ def find(point: MeetingPoint, wait_s: float) -> int:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    raise UserError(
+    raise PeerError(
         f"{socket.gethostname()} did not find rank 0 at {point.address} within {wait_s:.0f} s: "
         f"{reason}",
         rule=f"rank 0 listens on one of {', '.join(map(str, point.ports))}",

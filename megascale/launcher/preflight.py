@@ -40,7 +40,8 @@ class Facts:
         free: bytes free in the run's folder, the temporary folder and /dev/shm.
         memory: available host memory, bytes.
         clock_s: seconds since the epoch, read at the same moment on all ranks.
-        address: of the machine's own name; "" if it has none.
+        address: of the machine's own name, or the interface that is set in its place; "" if it
+            has none.
         compiler: whether a C++ compiler and ninja are there, with which DeepSpeed builds.
         allocator: the host's memory allocator.
         stale_locks: locks in the folder of built extensions that nobody holds any more.
@@ -245,6 +246,8 @@ def _can_compile() -> bool:
 
 
 def _own_address() -> str:
+    if named := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return named
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:

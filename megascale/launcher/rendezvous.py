@@ -9,13 +9,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megascale.errors import UserError
+from megascale.errors import PeerError, UserError
 from megascale.launcher.environment import LISTEN_FD, ProcessInfo
 from megascale.launcher.meeting import (
     MEET_S,
     MeetingPoint,
     announce,
-    check_address,
+    check_names,
     find,
     listen,
     meeting_point,
@@ -63,7 +63,8 @@ def init_distributed(info: ProcessInfo, device: torch.device, timeout: timedelta
         timeout: longest wait for the other ranks, here and in each collective.
 
     Raises:
-        UserError: the rendezvous port is taken, or the head node cannot be reached.
+        UserError: the rendezvous port is taken, or a name leads to a loopback address.
+        PeerError: the other ranks cannot be reached.
     """
     # deepspeed asks the environment for these instead of its caller
     os.environ.setdefault("LOCAL_RANK", str(info.local_rank))
@@ -77,7 +78,7 @@ def init_distributed(info: ProcessInfo, device: torch.device, timeout: timedelta
     elif "RANK" not in os.environ:  # tasks of a Slurm step
         store = store_of_step(info, meeting_point(info), timeout)
     elif (info.num_nodes or 1) > 1:
-        check_address(os.environ.get("MASTER_ADDR", ""), "MASTER_ADDR")
+        check_names(os.environ.get("MASTER_ADDR", ""))
     try:
         if store is None:
             dist.init_process_group(backend, timeout=timeout)
@@ -126,7 +127,8 @@ def store_of_step(
         wait_s: longest time to look for rank 0.
 
     Raises:
-        UserError: no port of the meeting point is free, or rank 0 is not found.
+        UserError: no port of the meeting point is free.
+        PeerError: rank 0 is not found.
     """
     if info.rank == 0:
         meeting = listen(point.ports)
@@ -178,7 +180,8 @@ def _explain(error: Exception) -> UserError:
             remedy="choose another MASTER_PORT (torchrun --master-port, deepspeed --master_port), "
             "or start with --nproc, which finds a free one",
         )
-    return UserError(
+    # a variable that is not set is the user's; who does not answer may be on a lost machine
+    return (UserError if isinstance(error, ValueError) else PeerError)(
         f"the processes could not meet at {where}: {text.splitlines()[0] if text else error!r}",
         rule="every rank must reach MASTER_ADDR:MASTER_PORT",
         remedy="check MASTER_ADDR, MASTER_PORT and that all ranks were started",

@@ -24,6 +24,10 @@ _AWAY = re.compile(
 )
 _PAUSES_S = (1, 2, 4, 8, 15, 30)
 _COMMAND_S = 60
+_OVER = (
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"),
+    *("DEADLINE", "OUT_OF_MEMORY", "REVOKED"),
+)
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")
 
 
@@ -53,8 +57,8 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it neither runs nor waits."""
-        return self.state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED")
+        """Whether it neither runs nor waits; any other state (held, suspended) may go on."""
+        return self.state in _OVER
 
 
 class Slurm:
@@ -67,12 +71,19 @@ class Slurm:
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
 
-    def call(self, *command: str, errors_in: Callable[[str], str] = lambda text: "") -> str:
+    def call(
+        self,
+        *command: str,
+        errors_in: Callable[[str], str] = lambda text: "",
+        heard: Callable[[], str] = lambda: "",
+    ) -> str:
         """Run a command until the controller answers; returns what it printed.
 
         Args:
             errors_in: finds in its output why it could not ask; "" if it could. For a command whose
                 exit code is 0 all the same.
+            heard: asked before a further try: what the command would have printed, if it was
+                carried out although its answer was lost; else "".
 
         Raises:
             UserError: there is no such program, it refuses, or the controller stays away.
@@ -100,6 +111,8 @@ class Slurm:
                 break
             if pause is not None:
                 self._sleep(pause)
+                if answer := heard():
+                    return answer
         raise UserError(
             f"{command[0]}: {problem or f'exit code {done.returncode}'}",
             rule=f"asked was: {' '.join(command)}",
@@ -123,9 +136,23 @@ class Slurm:
         text = self.call("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%T|%c|%m|%G")
         return [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
 
-    def submit(self, script: str, *options: str) -> str:
-        """Queue a batch script; returns the job's number."""
-        return self.call("sbatch", "--parsable", *options, script).strip().split(";")[0]
+    def submit(self, script: str, *options: str, run: str = "", known: Sequence[str] = ()) -> str:
+        """Queue a batch script; returns the job's number.
+
+        A controller whose answer comes too late has queued the job all the same.
+
+        Args:
+            run: the run's folder; before a further try its jobs are looked at.
+            known: numbers of its jobs that were queued before.
+        """
+
+        def heard() -> str:
+            new = [job.number for job in self.jobs() if job.run == run and not job.is_over]
+            return next((number for number in new if number not in known), "")
+
+        looked = heard if run else lambda: ""
+        text = self.call("sbatch", "--parsable", *options, script, heard=looked)
+        return text.strip().split(";")[0]
 
     def cancel(self, numbers: Sequence[str]) -> None:
         """End jobs, waiting ones too."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.config.schema import Config
 from megascale.errors import UserError
+from megascale.file_lock import FileLock
 from megascale.launcher.batch_script import BatchJob
 from megascale.launcher.slurm_client import Job, Slurm
 
@@ -20,7 +22,11 @@ _UNUSABLE = ("down", "drain", "fail", "not_resp", "unknown", "maint")
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of `megascale submit`, beside the config."""
+    """What a user asks of `megascale submit`, beside the config.
+
+    Attributes:
+        excluded: machines that the run's earlier attempts found bad.
+    """
 
     nodes: int
     tasks_per_node: int
@@ -30,6 +36,7 @@ class Request:
     time: str | None = None
     partition: str | None = None
     lead_s: int = 120
+    excluded: Sequence[str] = ()
 
 
 def seconds_of(text: str) -> int:
@@ -60,7 +67,7 @@ def check_request(request: Request, slurm: Slurm) -> None:
         UserError: no such partition, too many nodes, processors, GPUs or too much time.
     """
     partition, limits = _partition(request, slurm)
-    nodes = slurm.nodes(partition)
+    nodes = [n for n in slurm.nodes(partition) if n["name"] not in request.excluded]
     usable = [n for n in nodes if not any(word in n["state"].lower() for word in _UNUSABLE)]
     total = request.nodes + request.spare_nodes
     asked = f"--nodes {request.nodes}"
@@ -72,6 +79,7 @@ def check_request(request: Request, slurm: Slurm) -> None:
         raise UserError(
             f"{asked} in partition {partition}",
             rule=f"it has {len(nodes)} nodes"
+            + (f" beside bad ones ({', '.join(request.excluded)})" if request.excluded else "")
             + (f", and a job may take {most} of them" if most.isdecimal() else ""),
             remedy=f"ask for at most {largest}, or for another partition",
         )
@@ -184,17 +192,48 @@ def check_paths(config: Config) -> None:
                 remedy="prepare it first (python -m data_prep tokenize), or correct data.path",
             )
     output = Path(config.run.output_dir)
-    try:
+    if not output.absolute().as_posix().isprintable() or "\\" in str(output):
+        raise UserError(
+            f"run.output_dir {str(output)!r}",
+            rule="Slurm takes no backslash, line break or the like in the name of a log",
+            remedy="choose another run.output_dir",
+        )
+    with output_errors(output):
         (output / "logs").mkdir(parents=True, exist_ok=True)
         probe = output / "logs" / f".writable-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
+
+
+@contextmanager
+def output_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses in the run's folder into a user's error."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write to run.output_dir {output}: {error.strerror}",
             rule="a run needs a folder that it may write to, shared by all machines",
             remedy="choose another run.output_dir, or free space",
         ) from error
+
+
+def submission_lock(name: str, output: Path) -> FileLock:
+    """Held while a run is looked for and queued, so that two at once do not both find it free.
+
+    Raises:
+        UserError: somebody is submitting this run.
+    """
+
+    def refuse(holder: str) -> UserError:
+        return UserError(
+            f"run {name} is being submitted by {holder}",
+            rule="two jobs of one run would write over each other",
+            remedy="wait for it, or choose another run.output_dir",
+        )
+
+    with output_errors(output):
+        return FileLock(output / ".submit.lock", refuse)
 
 
 def check_name_is_free(name: str, run: str, jobs: Sequence[Job]) -> None:

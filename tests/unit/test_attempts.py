@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
 import socket
 import time
@@ -13,12 +15,13 @@ import pytest
 
 from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointManager
-from megascale.errors import NodeError, NumericalError, PeerError, UserError
+from megascale.errors import NodeError, NumericalError, PeerError, TakenOverError, UserError
 from megascale.file_lock import FileLock
 from megascale.launcher import attempt
 from megascale.launcher.attempt import Begin, begin, end, newest_step
 from megascale.launcher.ends import KINDS, REQUEUE_CODE, classify
-from megascale.launcher.failure import Failure, describe, kind_of
+from megascale.launcher.environment import ATTEMPT_DIR
+from megascale.launcher.failure import Failure, describe, kind_of, leave_note
 from megascale.resilience import signals
 from megascale.resilience.signals import SaveSignals
 from tests.integration.runs import call
@@ -47,6 +50,9 @@ def _stopped(reason: str) -> dict[str, object]:
         (137, None, "", [LOST], "slurmstepd: error: Detected 1 oom-kill event(s)", "out of memory"),
         (1, None, "", [], "srun: error: Node failure on node2", "node failure"),
         (137, None, "", [], "srun: error: node1: task 1: Killed", "killed"),
+        (143, None, "", [], "srun: error: node1: task 0: Terminated", "killed"),  # in its start-up
+        (2, None, "", [], "srun: error: b: task 1: Exited with exit code 2", "config error"),
+        (1, None, "", [], "srun: error: b: task 1: Exited with exit code 1", "error"),
         (1, None, "", [], "bash: no such file", "error"),
     ],
 )
@@ -67,6 +73,14 @@ def test_sigterm_means_what_slurm_does_with_the_job() -> None:
     assert classify(0, _stopped("SIGTERM"), "", {}, "", "RUNNING").kind == "preempted"
     assert classify(0, _stopped("SIGTERM"), "", {}, "", "COMPLETING").kind == "cancelled"
     assert classify(143, None, "", {0: LOST}, "", "COMPLETING").kind == "cancelled"
+    assert classify(0, _stopped("SIGTERM"), "", {}, "", "REQUEUED").kind == "preempted"
+    assert classify(143, None, "", {0: LOST}, "", "REQUEUED").kind == "preempted"
+
+
+def test_a_request_that_was_refused_before_a_note_is_told_with_its_remedy() -> None:
+    log = "0: warning: x\n1: error: there is no y\n1:   rule:   r\n1:   remedy: do z\n"
+    log += "srun: error: node2: task 1: Exited with exit code 2\n"
+    assert "remedy: do z" in classify(2, None, "", {}, log).text
 
 
 def test_the_first_cause_is_told_with_its_machine_and_traceback() -> None:
@@ -83,6 +97,7 @@ def test_the_first_cause_is_told_with_its_machine_and_traceback() -> None:
         (PeerError("the loss is nan, another rank's"), "lost peer"),
         (UserError("no such file"), "config error"),
         (NodeError("torch 2.12"), "bad node"),
+        (TakenOverError("a later attempt"), "node failure"),
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
         (RuntimeError("shapes differ"), "error"),
@@ -160,6 +175,54 @@ def test_the_end_command_tells_and_asks_for_a_requeue(
     (opened.folder / "rank_00000.failure.json").write_text(note)
     assert attempt.main(["end", str(opened.folder), "1"]) == REQUEUE_CODE
     assert "node failure" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_gone_or_full_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "attempts" / "0001"
+    assert attempt.main(["end", str(gone), "1"]) == 2
+    assert f"{gone} is gone" in capsys.readouterr().err
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    opened = _begin(tmp_path)
+    assert isinstance(opened, attempt.Attempt)
+    (opened.folder / "outcome.json").write_text(json.dumps(_stopped("SIGTERM")))
+    monkeypatch.setattr(attempt, "write_json", full)
+    assert attempt.main(["end", str(opened.folder), "0"]) == REQUEUE_CODE  # known all the same
+    assert "No space left" in capsys.readouterr().err
+    options = ["--submission", "s", "--checkpoints", str(tmp_path), "--nodes", "1"]
+    assert attempt.main(["begin", str(tmp_path), *options]) == 1
+    told = capsys.readouterr().err
+    assert "begin.json: No space left" in told
+    assert "remedy" in told
+    leave_folder = tmp_path / "nowhere"
+    monkeypatch.setenv(ATTEMPT_DIR, str(leave_folder))
+    leave_note(BUG)  # an error of its own would hide the rank's
+    assert "nowhere/rank_00002" in capsys.readouterr().err
+
+
+def test_a_machine_that_does_not_see_the_run_s_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ATTEMPT_DIR, raising=False)
+    attempt.check_folder_is_seen(0)
+    monkeypatch.setenv(ATTEMPT_DIR, str(tmp_path))
+    attempt.check_folder_is_seen(0)
+    monkeypatch.setenv(ATTEMPT_DIR, str(tmp_path / "0001"))
+    with pytest.raises(UserError, match=r"does not see .*0001"):
+        attempt.check_folder_is_seen(0)
+
+
+def test_an_attempt_is_new_though_somebody_removed_an_old_one(tmp_path: Path) -> None:
+    opened = [_begin(tmp_path), _begin(tmp_path, 4)]
+    assert isinstance(opened[0], attempt.Attempt)
+    shutil.rmtree(opened[0].folder)
+    third = _begin(tmp_path, 8)
+    assert isinstance(third, attempt.Attempt)
+    assert third.folder.name == "0003"
 
 
 def test_only_the_log_of_this_attempt_counts(tmp_path: Path) -> None:
@@ -276,6 +339,19 @@ def test_a_run_whose_folder_was_taken_over_ends(
     manager.close()
     later.require_held()
     later.release()
+
+
+def test_a_run_whose_folder_is_gone_ends_after_its_step(tmp_path: Path) -> None:
+    """Before it makes a new folder with a part of the run in it."""
+    lock = RunLock(str(tmp_path / "run"))
+    manager = CheckpointManager(str(tmp_path / "run" / "checkpoints"), locks=[lock])
+    assert not manager.has_failed()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert manager.has_failed()
+    with pytest.raises(UserError, match="run is gone"):
+        manager.finish()
+    manager.close()
+    assert not (tmp_path / "run").exists()
 
 
 def test_why_of_an_attempt_that_was_cut_off(

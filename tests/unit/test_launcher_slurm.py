@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megascale.errors import UserError
+from megascale.errors import PeerError, UserError
 from megascale.launcher import meeting
 from megascale.launcher.environment import ProcessInfo, process_info, tasks_of_nodes
 from megascale.launcher.meeting import (
@@ -18,6 +18,7 @@ from megascale.launcher.meeting import (
     MeetingPoint,
     candidate_ports,
     check_address,
+    check_names,
     head_node,
     listen,
     meeting_point,
@@ -125,6 +126,25 @@ def test_loopback_is_refused_for_several_machines(address: str) -> None:
     meeting_point(process_info(alone), alone, _resolve(address))
 
 
+def test_the_name_of_debian_s_head_node_is_loopback_on_itself_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its ranks need the interface then; the others know the head by its address."""
+    addresses = {"a1": "127.0.1.1", "a2": "10.0.0.8"}
+
+    def resolve(name: str) -> list[str]:
+        return [addresses[name.split(".")[0]]]
+
+    monkeypatch.setattr(meeting.socket, "gethostname", lambda: "a1.lab")
+    with pytest.raises(UserError, match=r"own name, a1\.lab, is 127\.0\.1\.1") as caught:
+        check_names("a1", {}, resolve)
+    assert "GLOO_SOCKET_IFNAME" in caught.value.remedy
+    check_names("a1", {"GLOO_SOCKET_IFNAME": "eth0"}, resolve)
+    monkeypatch.setattr(meeting.socket, "gethostname", lambda: "a2")
+    with pytest.raises(UserError, match=r"the head node, a1, is 127\.0\.1\.1"):
+        check_names("a1", {"GLOO_SOCKET_IFNAME": "eth0"}, resolve)
+
+
 def test_a_name_without_an_address_is_refused() -> None:
     def fail(name: str) -> list[str]:
         raise socket.gaierror(-2, "Name or service not known")
@@ -188,7 +208,8 @@ def test_ranks_meet_behind_a_silent_service_and_another_run(
 
 def test_a_rank_that_does_not_find_rank_0_says_where_it_looked() -> None:
     (port,) = _free_ports(1)
-    with pytest.raises(UserError, match="did not find rank 0 at") as caught:
+    # its machine may be lost, which is no mistake of the user
+    with pytest.raises(PeerError, match="did not find rank 0 at") as caught:
         store_of_step(ProcessInfo(1, 2, 1, True), _point(port), TIMEOUT, wait_s=0.2)
     assert str(port) in caught.value.rule
 

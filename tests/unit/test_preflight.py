@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from megascale.errors import UserError
 from megascale.launcher import attempt, preflight
-from megascale.launcher.attempt import add_bad_nodes, choose_nodes, read_bad_nodes, write_json
+from megascale.launcher.attempt import write_json
+from megascale.launcher.bad_nodes import (
+    add_bad_nodes,
+    choose_nodes,
+    nodes_to_exclude,
+    read_bad_nodes,
+)
 from megascale.launcher.preflight import Facts, compare, crossing_groups, gather_facts, stale_locks
 
 WELL = Facts(0, "a1", {"torch": "2.13"}, ("H100",), {"/tmp": 1 << 40}, 1 << 36, 100.0, "10.0.0.1")
@@ -115,6 +122,18 @@ def test_bad_machines_are_remembered_once(tmp_path: Path) -> None:
     add_bad_nodes(tmp_path / "run", ["a2", "a3"])
     assert read_bad_nodes(tmp_path / "run") == ["a2", "a3"]
     assert read_bad_nodes(tmp_path) == []
+    add_bad_nodes(tmp_path / "run", ["a3.cluster.lab"])  # Slurm knows it without its domain
+    assert read_bad_nodes(tmp_path / "run") == ["a2", "a3"]
+
+
+def test_slurm_is_not_asked_for_what_it_can_never_give(tmp_path: Path) -> None:
+    """It would hold the job for ever."""
+    add_bad_nodes(tmp_path, ["a2", "elsewhere"])
+    partition = ["a1", "a2", "a3"]
+    assert nodes_to_exclude(tmp_path, partition, 2, 2) == ["a2"]
+    assert nodes_to_exclude(tmp_path, partition, 3, 2) == []  # the spare one is used instead
+    with pytest.raises(UserError, match="3 machines without a2 are too few for a run on 3"):
+        nodes_to_exclude(tmp_path, partition, 3, 3)
 
 
 def test_the_choose_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ import json
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megascale.cli.submit import _container
 from megascale.config.load import load_config
 from megascale.errors import UserError
 from megascale.launcher import slurm_client
@@ -22,6 +24,7 @@ from megascale.launcher.submission import (
     check_paths,
     check_request,
     seconds_of,
+    submission_lock,
 )
 from tests.integration.runs import ROOT, settings, write_config
 
@@ -51,10 +54,14 @@ def test_the_shipped_script_is_the_one_that_submit_writes() -> None:
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_strange_paths_are_quoted(launcher: str, tmp_path: Path) -> None:
-    job = BatchJob("n", "c o.yaml", "/r/$x", "/c", 1, 2, launcher=launcher, overrides=("a.b='q'",))
+    job = BatchJob(
+        "n", "c o.yaml", '/r/$x "y', "/c", 1, 2, launcher=launcher, overrides=("a.b='q'",)
+    )
     script = tmp_path / "script"
     script.write_text(render(job))
+    text = script.read_text()
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    assert '#SBATCH --output="/r/$x \\"y/logs/slurm_%j.out"' in text  # Slurm's quotes
     shown = subprocess.run(
         [
             "bash",
@@ -66,14 +73,14 @@ def test_strange_paths_are_quoted(launcher: str, tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert shown == "c o.yaml|/r/$x|a.b='q'|"
-    assert f"--ntasks-per-node={2 if launcher == 'srun' else 1}" in script.read_text()
+    assert shown == "c o.yaml|/r/$x \"y|a.b='q'|"
+    assert f"--ntasks-per-node={2 if launcher == 'srun' else 1}" in text
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck() -> None:
-    scripts = [*(ROOT / "launch").glob("slurm/*.sbatch")]
-    scripts += [ROOT / "launch" / name for name in ("env.sh", "local.sh", "deepspeed.sh")]
+    scripts = [*(ROOT / "launch").glob("slurm/*.sbatch"), *(ROOT / "launch").glob("*.sh")]
+    scripts += [*(ROOT / "tools").glob("*.sh"), ROOT / ".ci" / "run"]
     done = subprocess.run(
         ["shellcheck", "--external-sources", *map(str, scripts)],
         capture_output=True,
@@ -162,6 +169,25 @@ def test_no_jobs_is_not_what_a_controller_that_is_away_says(slurm: Slurm, tmp_pa
         slurm.jobs()
 
 
+def test_a_job_whose_number_was_lost_on_the_way_is_not_queued_twice(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    """sbatch gives up on a slow controller, which has heard it all the same."""
+    (tmp_path / "fails").write_text("1")
+    assert slurm.submit("script", run="/runs/mine", known=["7"]) == "5"
+    calls = [Path(line.split()[0]).name for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == ["sbatch", "squeue"]
+    (tmp_path / "fails").write_text("1")
+    assert slurm.submit("script", run="/runs/mine", known=["5", "7"]) == "17"
+
+
+def test_only_a_job_in_a_state_without_return_is_over() -> None:
+    """A job that is held after a requeue, or suspended, writes to its folder later."""
+    job = Job("7", "mine", "root", "REQUEUE_HOLD", "", "a1", "megascale:/runs/mine")
+    assert not job.is_over
+    assert replace(job, state="NODE_FAIL").is_over
+
+
 def test_a_refusal_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "refusal").write_text("error: invalid account\n")
     with pytest.raises(UserError, match="invalid account"):
@@ -198,6 +224,7 @@ def test_a_request_that_fits(slurm: Slurm) -> None:
         (Request(1, 1, 1, partition="shut"), "is DOWN"),
         (Request(2, 1, 1, partition="small"), "may take 1"),
         (Request(5, 1, 1), "it has 4 nodes"),
+        (Request(4, 1, 1, excluded=["a4"]), "it has 3 nodes beside bad ones (a4)"),
         (Request(3, 1, 1, spare_nodes=2), "--over-allocate 2"),
         (Request(4, 1, 1), r"a4 down"),
         (Request(1, 9, 8), "largest has 64 cpus"),
@@ -220,6 +247,25 @@ def test_a_second_submission_of_a_run_is_refused() -> None:
     over = Job("7", "mine", "root", "COMPLETED", "", "a1", "megascale:/runs/mine")
     strange = Job("8", "mine", "root", "RUNNING", "", "a1", "")
     check_name_is_free("mine", "/runs/mine", [over, strange])
+
+
+def test_two_submissions_at_once(tmp_path: Path) -> None:
+    lock = submission_lock("mine", tmp_path)
+    with pytest.raises(UserError, match="run mine is being submitted by"):
+        submission_lock("mine", tmp_path)
+    lock.release()
+    submission_lock("mine", tmp_path).release()
+
+
+def test_a_container_sees_what_the_run_reads_and_writes(tmp_path: Path) -> None:
+    tree = settings(tmp_path / "corpus" / "part", tmp_path / "run")
+    tree["data"]["validation"] = {"other": "/elsewhere/held_out"}
+    tree["checkpoint"] |= {"folder": "/lustre/kept/mine", "staging_dir": "/scratch"}
+    config = load_config(write_config(tmp_path / "c.yaml", tree))
+    _, mounts, _ = _container("image", config, tmp_path / "run")
+    folders = [Path.cwd(), tmp_path / "run", "/elsewhere", "/lustre/kept", "/scratch"]
+    expected = {f"{folder}:{folder}" for folder in [*folders, tmp_path / "corpus"]}
+    assert set(mounts.removeprefix("--container-mounts=").split(",")) == expected
 
 
 def test_tasks_and_devices(tmp_path: Path) -> None:
