@@ -160,7 +160,8 @@ class CheckpointManager(CheckpointFolder):
         asynchronous: `save` returns at once, see there.
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
-        reuse: a save writes over the files of the checkpoint that was pruned last.
+        reuse: a save writes over the files of the checkpoint that was pruned last, where they lie
+            on a file system of this machine alone.
         storage, ranks: of `root` and of the run; by default new ones.
         locks: the run's, which `close` releases.
     """
@@ -182,7 +183,7 @@ class CheckpointManager(CheckpointFolder):
         self._retention = Retention(keep_last, keep_every)
         self._asynchronous = asynchronous
         self._staging = CheckpointFolder(staging) if staging else None
-        self._reuse = reuse and self.storage.is_local
+        self._reuse = reuse and self.storage.is_local and staging is None
         self._given_ranks = ranks
         self._locks = list(locks)
         self._leaders: list[int] | None = None
@@ -296,7 +297,7 @@ class CheckpointManager(CheckpointFolder):
 
     def remove(self, step: int) -> None:
         """See `CheckpointFolder.remove`; with `reuse` its files wait for the next save."""
-        if not self._reuse:
+        if not (self._reuse and self.storage.is_of_one_machine()):
             super().remove(step)
             return
         self.storage.remove_folder(SPARE_NAME)

@@ -184,7 +184,7 @@ class CheckpointReader:
             if missing or self.storage.is_link(path):
                 raise self._not_a_file(path, "is missing" if missing else "is a link")
             try:
-                stream = self.storage.open_held(path)
+                stream = self.storage.open_read(path)
             except FileNotFoundError as error:
                 raise self._not_a_file(path, "was removed meanwhile") from error
             name = self.storage.path(path)

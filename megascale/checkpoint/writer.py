@@ -87,7 +87,8 @@ def write_checkpoint(
             files = [_write_attachment(storage, working, *item) for item in small]
             manifest = _merge(written, files, content.step, content.state)
             text.append(dump_manifest(manifest).decode())
-            _remove_others(storage, working, manifest)
+            if storage.is_local:
+                storage.remove_folder(SPARE_NAME)  # what no rank had a use for
         return text[0] if rank == 0 and several else ""
 
     def commit(described: str) -> None:
@@ -244,20 +245,7 @@ def _start_folder(storage: Storage, working: str) -> None:
     # left by a run that was killed while saving; without its manifest it is no checkpoint at once
     storage.remove_file(working, MANIFEST_NAME)
     storage.remove_folder(working)
-    if storage.is_local and storage.exists(SPARE_NAME):
-        storage.remove_file(SPARE_NAME, MANIFEST_NAME)
-        storage.rename_folder(SPARE_NAME, working)
-    else:
-        storage.make_folder(working)
-
-
-def _remove_others(storage: Storage, working: str, manifest: Manifest) -> None:
-    """Remove what a spare folder held beside the files that were written over."""
-    if storage.is_local:
-        listed = {entry.path for entry in manifest.files}
-        for path in storage.files(working):
-            if path not in listed:
-                storage.remove_file(working, path)
+    storage.make_folder(working)
 
 
 def _write_rank_file(storage: Storage, working: str, rank: int, content: Content) -> dict[str, Any]:
@@ -267,7 +255,8 @@ def _write_rank_file(storage: Storage, working: str, rank: int, content: Content
     assert len(tensors) == len(content.fragments), "a rank has one range of a parameter"
     tensors[RNG_KEY] = content.rng
     chunk = {"chunk": BACKGROUND_CHUNK} if content.in_background else {}
-    with storage.open_write(working, file, over=True) as stream:
+    spare = (SPARE_NAME, file) if storage.is_local else ()
+    with storage.open_write(working, file, over=spare) as stream:
         size, digest = write_tensors(stream, tensors, **chunk)
     pieces: dict[Any, dict[str, Any]] = {}
     for f in content.fragments:
