@@ -170,12 +170,15 @@ class Storage:
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""
+        if self.is_local:  # as fsspec does it, without what it gathers beside
+            return os.path.lexists(self.path(*parts))
         with _explain_access(self):
             return self.fs.exists(self.path(*parts))
 
     def size(self, *parts: str) -> int:
         """Size of a file in bytes."""
-        return self.fs.size(self.path(*parts))
+        path = self.path(*parts)
+        return os.path.getsize(path) if self.is_local else self.fs.size(path)
 
     def is_link(self, *parts: str) -> bool:
         """Whether a local file is reached through a link below the root."""
