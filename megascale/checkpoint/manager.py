@@ -13,11 +13,11 @@ import torch
 
 from megascale.checkpoint.background import BackgroundTask, Snapshot, mark_ready
 from megascale.checkpoint.lock import RunLock
-from megascale.checkpoint.manifest import MANIFEST_NAME
+from megascale.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megascale.checkpoint.ranks import Ranks, agree, make_ranks
-from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.reader import CheckpointReader, sizes_differ
 from megascale.checkpoint.retention import steps_to_remove
-from megascale.checkpoint.sharing import own
+from megascale.checkpoint.sharing import Shares
 from megascale.checkpoint.staging import Staged, disk_leaders, staged_checkpoints
 from megascale.checkpoint.storage import (
     REMOVING_PREFIX,
@@ -160,7 +160,8 @@ class CheckpointManager(CheckpointFolder):
         asynchronous: `save` returns at once, see there.
         staging: a folder on this machine where checkpoints are written first; from there they
             are copied to `root` in the background.
-        reuse: a save writes over the files of the checkpoint that was pruned last.
+        reuse: a save writes over the files of the checkpoint that was pruned last, where they lie
+            on a file system of this machine alone.
         storage, ranks: of `root` and of the run; by default new ones.
         locks: the run's, which `close` releases.
     """
@@ -182,11 +183,13 @@ class CheckpointManager(CheckpointFolder):
         self._retention = Retention(keep_last, keep_every)
         self._asynchronous = asynchronous
         self._staging = CheckpointFolder(staging) if staging else None
-        self._reuse = reuse and self.storage.is_local
+        self._reuse = reuse and self.storage.is_local and staging is None
         self._given_ranks = ranks
         self._locks = list(locks)
         self._leaders: list[int] | None = None
+        self._shares = Shares()
         self._snapshot = Snapshot()
+        self._committed: Manifest | None = None
         self._task = BackgroundTask()
 
     @property
@@ -227,11 +230,11 @@ class CheckpointManager(CheckpointFolder):
         if self._asynchronous:
             ready = mark_ready([*held, *owned])
             self._task.start(
-                lambda: self._snapshot.take(own(owned, held, ranks), ready),
+                lambda: self._snapshot.take(self._shares.own(owned, held, ranks), ready),
                 lambda copies: self._write(replace(content, fragments=copies), kept),
             )
             return self.path(step)
-        content = replace(content, fragments=own(owned, held, ranks))
+        content = replace(content, fragments=self._shares.own(owned, held, ranks))
         if self._staging is not None:
             self._write_to(self._staging, content)
             self._task.start(lambda: step, lambda staged: self._upload(staged, kept))
@@ -279,7 +282,8 @@ class CheckpointManager(CheckpointFolder):
 
     def _write_to(self, folder: CheckpointFolder, content: Content) -> None:
         leaders = self._staging_leaders() if folder is self._staging else None
-        write_checkpoint(folder.storage, step_name(content.step), content, self._ranks, leaders)
+        name = step_name(content.step)
+        self._committed = write_checkpoint(folder.storage, name, content, self._ranks, leaders)
 
     def _staging_leaders(self) -> list[int]:
         """For each rank the lowest one with the same staging folder; collective at first."""
@@ -296,11 +300,18 @@ class CheckpointManager(CheckpointFolder):
 
     def remove(self, step: int) -> None:
         """See `CheckpointFolder.remove`; with `reuse` its files wait for the next save."""
-        if not self._reuse:
+        if not (self._reuse and self.storage.is_of_one_machine()):
             super().remove(step)
             return
         self.storage.remove_folder(SPARE_NAME)
         self.storage.rename_folder(step_name(step), SPARE_NAME)
+
+    def _damage(self, step: int, thorough: bool) -> str | None:
+        """The manifest of the step that was just saved is known: its files are looked at only."""
+        known = self._committed
+        if known is None or known.step != step or thorough:
+            return super()._damage(step, thorough)
+        return sizes_differ(Storage(self.path(step)), known)
 
     def _prune_all(self, keep: list[int]) -> None:
         if self._ranks.rank == 0:

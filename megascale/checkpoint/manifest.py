@@ -86,7 +86,22 @@ def dump_manifest(manifest: Manifest) -> bytes:
             remedy="this is a mistake of megascale, please report it; checkpoints before are whole",
         )
     content = json.loads(manifest.model_dump_json())
-    return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
+    return _in_lines({**content, "checksum": _checksum(content)}).encode()
+
+
+def _in_lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each file, piece and parameter; the `indent` of json is slow."""
+
+    def spelt(value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ",".join(f"\n  {json.dumps(item)}" for item in value) + "]"
+        if isinstance(value, dict):
+            items = (f"\n  {json.dumps(key)}: {json.dumps(item)}" for key, item in value.items())
+            return "{" + ",".join(items) + "}"
+        return json.dumps(value)
+
+    lines = (f"\n {json.dumps(key)}: {spelt(value)}" for key, value in content.items())
+    return "{" + ",".join(lines) + "\n}\n"
 
 
 def tensor_key(kind: str, name: str) -> str:
@@ -190,7 +205,7 @@ def _illegal(manifest: Manifest) -> str:
     for name, shape in manifest.parameters.items():
         if math.prod(shape) > _MAX_ELEMENTS:
             return f"the parameter {name!r} has the impossible shape {list(shape)}"
-    held: dict[tuple[str, str], dict[Any, list[Piece]]] = defaultdict(lambda: defaultdict(list))
+    held: dict[tuple[str, str], list[Piece]] = defaultdict(list)
     for piece in manifest.pieces:
         if not _is_legal(piece, manifest.parameters.get(piece.name), sizes):
             return f"the piece of {piece.name!r} in {piece.file!r} is not legal"
@@ -198,17 +213,34 @@ def _illegal(manifest: Manifest) -> str:
         if sizes[piece.file] < 0:
             return f"the pieces in {piece.file!r} are larger than the file"
         for kind in piece.kinds:
-            held[piece.name, kind][piece.box].append(piece)
-    for (name, kind), boxes in held.items():
-        if _overlap(boxes):
-            return f"pieces of {kind} of {name!r} overlap"
-        count, whole = _covered(boxes)
-        if count != whole:
-            return f"the pieces of {kind} of {name!r} hold {count} of its {whole} elements"
-    for name, shape in manifest.parameters.items():
-        count, _ = _covered(held[name, "master"])
-        if count != math.prod(shape):
-            return f"the pieces of {name!r} hold {count} of its {math.prod(shape)} elements"
+            held[piece.name, kind].append(piece)
+    return _gap_or_overlap(held, manifest.parameters)
+
+
+def _gap_or_overlap(
+    held: dict[tuple[str, str], list[Piece]], parameters: dict[str, tuple[int, ...]]
+) -> str:
+    """What is wrong with the pieces of some (name, kind), "" when nothing is."""
+    looked_at: list[int] = []
+    masters: dict[str, int] = {}
+    count = 0
+    for (name, kind), pieces in held.items():
+        if looked_at != [id(piece) for piece in pieces]:  # moments lie as their weight does
+            boxes: dict[Any, list[Piece]] = defaultdict(list)
+            for piece in pieces:
+                boxes[piece.box].append(piece)
+            if _overlap(boxes):
+                return f"pieces of {kind} of {name!r} overlap"
+            count, whole = _covered(boxes)
+            if count != whole:
+                return f"the pieces of {kind} of {name!r} hold {count} of its {whole} elements"
+            looked_at = [id(piece) for piece in pieces]
+        if kind == "master":
+            masters[name] = count
+    for name, shape in parameters.items():
+        there, size = masters.get(name, 0), math.prod(shape)
+        if there != size:
+            return f"the pieces of {name!r} hold {there} of its {size} elements"
     return ""
 
 

@@ -16,6 +16,9 @@ SAVE_TIMEOUT = timedelta(hours=4)
 """The slowest rank's writing may last this long: the others wait for it in an exchange."""
 
 
+_HEAD = 1024  # bytes: most messages are shorter, and one collective carries them
+
+
 class Ranks(Protocol):
     """The processes that write or read one checkpoint together."""
 
@@ -65,9 +68,23 @@ class GroupRanks:
         """See `Ranks.exchange`."""
         # the limit of the training's collectives, set for all groups, is too short for writing
         dist.distributed_c10d._set_pg_timeout(SAVE_TIMEOUT, self._group)
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, json.dumps(value), group=self._group)
-        return [json.loads(text) for text in everyone]
+        text = json.dumps(value).encode()
+        heads = self._gather(len(text).to_bytes(8, "little") + text[: _HEAD - 8], _HEAD)
+        sizes = [int.from_bytes(head[:8], "little") for head in heads]
+        texts = [head[8 : 8 + size] for head, size in zip(heads, sizes, strict=True)]
+        rest = max(sizes) - (_HEAD - 8)
+        if rest > 0:  # the same on all ranks
+            texts = [
+                a + b for a, b in zip(texts, self._gather(text[_HEAD - 8 :], rest), strict=True)
+            ]
+        return [json.loads(text[:size]) for text, size in zip(texts, sizes, strict=True)]
+
+    def _gather(self, data: bytes, size: int) -> list[bytes]:
+        """Every rank's `data`, with zeros behind up to `size` bytes."""
+        mine = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self._group)
+        return [part.numpy().tobytes() for part in everyone]
 
     def share(self, tensor: torch.Tensor | None, source: int, holders: Sequence[int]) -> None:
         """See `Ranks.share`."""

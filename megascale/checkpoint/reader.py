@@ -10,7 +10,14 @@ import numpy as np
 import torch
 import xxhash
 
-from megascale.checkpoint.manifest import RNG_KEY, FileEntry, Piece, read_manifest, tensor_key
+from megascale.checkpoint.manifest import (
+    RNG_KEY,
+    FileEntry,
+    Manifest,
+    Piece,
+    read_manifest,
+    tensor_key,
+)
 from megascale.checkpoint.name_lists import folded
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.tensor_file import TensorFile
@@ -74,12 +81,7 @@ class CheckpointReader:
 
     def sizes_differ(self) -> str | None:
         """What is wrong with the files' presence and sizes, or None; reads none of them."""
-        for entry in self.manifest.files:
-            if not self.storage.exists(entry.path):
-                return f"{entry.path} is missing"
-            if self.storage.size(entry.path) != entry.bytes:
-                return f"{entry.path} does not have the {entry.bytes} bytes of the manifest"
-        return None
+        return sizes_differ(self.storage, self.manifest)
 
     def require_intact(self) -> None:
         """Raise a UserError when any file is damaged; reads every byte."""
@@ -184,7 +186,7 @@ class CheckpointReader:
             if missing or self.storage.is_link(path):
                 raise self._not_a_file(path, "is missing" if missing else "is a link")
             try:
-                stream = self.storage.open_held(path)
+                stream = self.storage.open_read(path)
             except FileNotFoundError as error:
                 raise self._not_a_file(path, "was removed meanwhile") from error
             name = self.storage.path(path)
@@ -217,6 +219,16 @@ class CheckpointReader:
             file.read_into(key, int(at), into_part)
             self.bytes_read += into_part.numel() * file.dtype(key).itemsize
         return int(lengths.sum())
+
+
+def sizes_differ(storage: Storage, manifest: Manifest) -> str | None:
+    """What is wrong with the presence and sizes of a checkpoint's files, or None; reads none."""
+    for entry in manifest.files:
+        if not storage.exists(entry.path):
+            return f"{entry.path} is missing"
+        if storage.size(entry.path) != entry.bytes:
+            return f"{entry.path} does not have the {entry.bytes} bytes of the manifest"
+    return None
 
 
 def _overlaps(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import xxhash
@@ -21,25 +22,42 @@ from megascale.parallel.fragment import Fragment
 
 def place(fragment: Fragment) -> str:
     """16 hex digits that are the same for fragments that cover the same elements."""
-    words = (fragment.kind, fragment.name, fragment.box, fragment.start, fragment.numel)
+    return _place(fragment.kind, fragment.name, fragment.box, fragment.start, fragment.numel)
+
+
+@lru_cache(maxsize=1 << 16)  # a run saves the same places again and again
+def _place(*words: Any) -> str:
     return xxhash.xxh3_64_hexdigest(repr(words).encode())
 
 
-def own(owned: Sequence[Fragment], replicas: Sequence[Fragment], ranks: Ranks) -> list[Fragment]:
-    """The fragments that this rank writes: each element of the run on exactly one rank. Collective.
+class Shares:
+    """Which rank writes what; worked out anew only where that of some rank has changed."""
 
-    Args:
-        owned: fragments such that each element is on one rank.
-        replicas: all that this rank holds. One that covers the very range of an owned fragment of
-            another rank may be written here instead; others are left out.
-    """
-    mine = {place(fragment): fragment for fragment in (*replicas, *owned)}
-    owners = {place(fragment) for fragment in owned}
-    rows = [[key, fragment.numel, key in owners] for key, fragment in mine.items()]
-    everyone = ranks.exchange(rows)
-    wanted = {key for rows in everyone for key, _, is_owned in rows if is_owned}
-    chosen = _balanced(*_holders(everyone, wanted), ranks.size)
-    return [fragment for key, fragment in mine.items() if chosen.get(key) == ranks.rank]
+    def __init__(self) -> None:
+        self._digests: list[str] = []
+        self._chosen: dict[str, int] = {}
+
+    def own(
+        self, owned: Sequence[Fragment], replicas: Sequence[Fragment], ranks: Ranks
+    ) -> list[Fragment]:
+        """The fragments that this rank writes: each element of the run on one rank. Collective.
+
+        Args:
+            owned: fragments such that each element is on one rank.
+            replicas: all that this rank holds. One that covers the very range of an owned fragment
+                of another rank may be written here instead; others are left out.
+        """
+        mine = {place(fragment): fragment for fragment in (*replicas, *owned)}
+        owners = {place(fragment) for fragment in owned}
+        rows = [[key, fragment.numel, key in owners] for key, fragment in mine.items()]
+        digests = ranks.exchange(xxhash.xxh3_128_hexdigest(repr(rows).encode()))
+        if digests != self._digests:  # the same on all ranks
+            everyone = ranks.exchange(rows)
+            wanted = {key for rows in everyone for key, _, is_owned in rows if is_owned}
+            self._chosen = _balanced(*_holders(everyone, wanted), ranks.size)
+            self._digests = digests
+        chosen = self._chosen
+        return [fragment for key, fragment in mine.items() if chosen.get(key) == ranks.rank]
 
 
 def fill_all(reader: CheckpointReader, fragments: Sequence[Fragment], ranks: Ranks) -> None:

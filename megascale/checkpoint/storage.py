@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -22,7 +23,9 @@ WRITING_PREFIX = ".writing_"
 REMOVING_PREFIX = ".removing_"
 """Name that a folder has while its files are removed."""
 SPARE_NAME = ".spare"
-"""Name of a removed checkpoint's folder whose files the next save overwrites."""
+"""Name of a removed checkpoint's folder whose files the next save writes over."""
+_OF_ONE_MACHINE = frozenset({"tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "f2fs", "overlay"})
+"""File systems whose every reader is a process of this kernel, which tells of it (`_is_unread`)."""
 
 Before = Callable[[str, str], None]
 """Called before each change with its kind (make, write, sync, rename, remove) and the path.
@@ -84,27 +87,50 @@ class _Stream:
         return len(data)
 
 
-def _space_of(path: str) -> int | str:
-    """A descriptor of the file there, not truncated; `path`, free, where it may not be changed.
+def _space_of(old: str, path: str) -> int | str:
+    """Move the file `old` to `path` and open it, not truncated; else `path`, which is free.
 
-    That is where another name leads to it, another process reads it, or there are no locks.
+    It is left alone where another name leads to it, or a process has it open or mapped. This is
+    asked after the move: who came by the old name is seen, and nobody comes by it any more.
+    """
+    with suppress(OSError):
+        found = os.lstat(old)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            os.rename(old, path)
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+                if _is_unread(descriptor):
+                    return descriptor
+                os.close(descriptor)
+            os.unlink(path)
+    return path
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether no other descriptor or mapping of the file is left, in any process of this machine.
+
+    The kernel grants a lease for writing to such a file only; it is given back at once.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-    except OSError:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        return path
-    try:
-        found = os.fstat(descriptor)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-    except OSError:
-        pass  # held by a reader, or no locks here
-    os.close(descriptor)
-    os.unlink(path)
-    return path
+        # what an opener in between would send; by itself it means nothing to a process
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except (OSError, AttributeError):  # held; or a system without leases
+        return False
+    return True
+
+
+def _file_system(path: str) -> str:
+    """Type of the file system of something that is there; "" where the system does not tell."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError), open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            mount, _, source = line.partition(" - ")
+            if mount.split()[2] == number:
+                return source.split()[0]
+    return ""
 
 
 class Storage:
@@ -144,12 +170,15 @@ class Storage:
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""
+        if self.is_local:  # as fsspec does it, without what it gathers beside
+            return os.path.lexists(self.path(*parts))
         with _explain_access(self):
             return self.fs.exists(self.path(*parts))
 
     def size(self, *parts: str) -> int:
         """Size of a file in bytes."""
-        return self.fs.size(self.path(*parts))
+        path = self.path(*parts)
+        return os.path.getsize(path) if self.is_local else self.fs.size(path)
 
     def is_link(self, *parts: str) -> bool:
         """Whether a local file is reached through a link below the root."""
@@ -190,51 +219,28 @@ class Storage:
                 self._before("remove", self.path(*parts))
                 self.fs.rm_file(self.path(*parts))
 
-    def files(self, *parts: str) -> list[str]:
-        """Paths of the files in a local folder, below it."""
-        top = self.path(*parts)
-        return [
-            os.path.relpath(os.path.join(folder, name), top).replace(os.sep, "/")
-            for folder, _, names in os.walk(top)
-            for name in names
-        ]
-
     def open_read(self, *parts: str) -> IO[bytes]:
         """Open a file for reading; the caller closes it."""
         return self.fs.open(self.path(*parts), "rb")
 
-    def open_held(self, *parts: str) -> IO[bytes]:
-        """The same, and no save overwrites a local file (`open_write`) until it is closed.
-
-        Raises:
-            FileNotFoundError: it is not there, or not any more.
-        """
-        stream, path = self.open_read(*parts), self.path(*parts)
-        if not self.is_local:
-            return stream
-        with suppress(OSError):  # no locks on this file system: then none is overwritten either
-            fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if not os.path.exists(path) or not os.path.samestat(
-            os.stat(path), os.fstat(stream.fileno())
-        ):
-            stream.close()
-            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", path)
-        return stream
+    def is_of_one_machine(self) -> bool:
+        """Whether the folder, which is there, lies on a disk or in memory of this machine alone."""
+        return self.is_local and _file_system(self.root) in _OF_ONE_MACHINE
 
     @contextmanager
-    def open_write(self, *parts: str, over: bool = False) -> Iterator[IO[bytes]]:
+    def open_write(self, *parts: str, over: Sequence[str] = ()) -> Iterator[IO[bytes]]:
         """Open a file for writing; on a clean exit its bytes are on the device (fsync).
 
         Args:
-            over: where a local file is there that nobody reads, its space is written over, which
-                costs much less than new space.
+            over: a local file that is not needed any more. Where it is there and nobody reads it,
+                it is moved and written over, which costs much less than new space.
         """
         path = self.path(*parts)
         with _explain_access(self), explain_write_errors(path):
             self._before("write", path)
             opened: Any
             if self.is_local:
-                opened = open(_space_of(path) if over else path, "wb")  # noqa: SIM115
+                opened = open(_space_of(self.path(*over), path) if over else path, "wb")  # noqa: SIM115
             else:
                 opened = self.fs.open(path, "wb")
             with opened as stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ def write_checkpoint(
     content: Content,
     ranks: Ranks,
     leaders: Sequence[int] | None = None,
-) -> None:
+) -> Manifest | None:
     """Write the checkpoint `name` below `storage`. Collective; all ranks return or raise together.
 
     On a local disk everything is written into a folder of another name and committed by one
@@ -72,41 +73,51 @@ def write_checkpoint(
         leaders: for each rank the one that makes and commits the folder on its disk, where
             `storage` is on several; None: rank 0, for all.
 
+    Returns:
+        On rank 0 what it wrote.
+
     Raises:
         UserError: some rank could not write (disk full, no permission). What was complete before
             is untouched.
     """
     rank, leaders = ranks.rank, leaders or [0] * ranks.size
     leads, several = leaders[rank] == rank, any(leaders)
-    text: list[str] = []
     working = working_name(storage, name)
+    made: list[Manifest] = []
 
-    def describe(written: list[dict[str, Any]]) -> str:
-        if rank == 0:
-            small = content.attachments.items()
-            files = [_write_attachment(storage, working, *item) for item in small]
-            manifest = _merge(written, files, content.step, content.state)
-            text.append(dump_manifest(manifest).decode())
-            _remove_others(storage, working, manifest)
-        return text[0] if rank == 0 and several else ""
+    def describe(written: list[str]) -> str:
+        """The manifest, on rank 0; it alone reads what the others wrote."""
+        if rank:
+            return ""
+        small = content.attachments.items()
+        files = [_write_attachment(storage, working, *item) for item in small]
+        rows = [json.loads(text) for text in written]
+        made.append(_merge(rows, files, content.step, content.state))
+        if storage.is_local:
+            storage.remove_folder(SPARE_NAME)  # what no rank had a use for
+        return dump_manifest(made[0]).decode()
 
     def commit(described: str) -> None:
         if leads:
             with storage.open_write(working, MANIFEST_NAME) as stream:
-                stream.write((described or text[0]).encode())
+                stream.write(described.encode())
             if working != name:
                 storage.commit_folder(working, name)
 
     try:
         agree(ranks, lambda: _start_folder(storage, working) if leads else None)
         rows = agree(ranks, lambda: _write_rank_file(storage, working, rank, content))
-        described = agree(ranks, lambda: describe(rows))[0]
-        agree(ranks, lambda: commit(described))
+        if several:
+            described = agree(ranks, lambda: describe(rows))[0]
+            agree(ranks, lambda: commit(described))
+        else:
+            agree(ranks, lambda: commit(describe(rows)))
     except BaseException:
         if leads:
             with contextlib.suppress(UserError, OSError):  # what came first is what is told
                 storage.remove_folder(working)
         raise
+    return made[0] if made else None
 
 
 def write_weights(
@@ -244,30 +255,18 @@ def _start_folder(storage: Storage, working: str) -> None:
     # left by a run that was killed while saving; without its manifest it is no checkpoint at once
     storage.remove_file(working, MANIFEST_NAME)
     storage.remove_folder(working)
-    if storage.is_local and storage.exists(SPARE_NAME):
-        storage.remove_file(SPARE_NAME, MANIFEST_NAME)
-        storage.rename_folder(SPARE_NAME, working)
-    else:
-        storage.make_folder(working)
+    storage.make_folder(working)
 
 
-def _remove_others(storage: Storage, working: str, manifest: Manifest) -> None:
-    """Remove what a spare folder held beside the files that were written over."""
-    if storage.is_local:
-        listed = {entry.path for entry in manifest.files}
-        for path in storage.files(working):
-            if path not in listed:
-                storage.remove_file(working, path)
-
-
-def _write_rank_file(storage: Storage, working: str, rank: int, content: Content) -> dict[str, Any]:
-    """Write this rank's tensors; returns its rows of the manifest as JSON values."""
+def _write_rank_file(storage: Storage, working: str, rank: int, content: Content) -> str:
+    """Write this rank's tensors; returns its rows of the manifest as JSON."""
     file = f"rank_{rank:05d}.safetensors"
     tensors = {tensor_key(f.kind, f.name): f.tensor for f in content.fragments}
     assert len(tensors) == len(content.fragments), "a rank has one range of a parameter"
     tensors[RNG_KEY] = content.rng
     chunk = {"chunk": BACKGROUND_CHUNK} if content.in_background else {}
-    with storage.open_write(working, file, over=True) as stream:
+    spare = (SPARE_NAME, file) if storage.is_local else ()
+    with storage.open_write(working, file, over=spare) as stream:
         size, digest = write_tensors(stream, tensors, **chunk)
     pieces: dict[Any, dict[str, Any]] = {}
     for f in content.fragments:
@@ -277,11 +276,12 @@ def _write_rank_file(storage: Storage, working: str, rank: int, content: Content
         )
         piece["kinds"].append(f.kind)
         piece["numel"] = f.numel
-    return {
+    rows = {
         "file": {"path": file, "bytes": size, "xxh3_128": digest},
         "pieces": list(pieces.values()),
         "shapes": {f.name: f.global_shape for f in content.fragments},
     }
+    return json.dumps(rows)
 
 
 def _write_attachment(storage: Storage, working: str, path: str, content: bytes) -> FileEntry:

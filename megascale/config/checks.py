@@ -228,12 +228,6 @@ _IGNORED = (
         lambda keep_last: keep_last is not None,
         "keep_last lets the others go",
     ),
-    _ignored(
-        "checkpoint.reuse_files",
-        "checkpoint.keep_last",
-        lambda keep_last: keep_last is not None,
-        "keep_last lets others go",
-    ),
     _ignored("checkpoint.init_optimizer", "checkpoint.init_from", bool, "init_from is given"),
 )
 
@@ -296,10 +290,6 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
             *("data.split", "data.validation", "data.sentence_objective"),
         ),
         recipe_checks.best_is_a_metric,
-    ),
-    Check(
-        ("checkpoint.reuse_files", "checkpoint.folder", "checkpoint.staging_dir"),
-        recipe_checks.files_can_be_reused,
     ),
     Check(
         (

@@ -124,19 +124,6 @@ def best_is_a_metric(config: Config, world_size: int | None) -> Iterator[Problem
         )
 
 
-def files_can_be_reused(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Only a save into a folder of files writes over those of an older one."""
-    checkpoint = config.checkpoint
-    folder = checkpoint.folder or ""
-    remote = "://" in folder and not folder.startswith("file://")
-    if checkpoint.reuse_files and (remote or checkpoint.staging_dir):
-        rule = (
-            "files are written over where a save writes at once: in a folder, without staging_dir"
-        )
-        hint = "leave out reuse_files, or staging_dir and the URL in checkpoint.folder"
-        yield Problem("checkpoint.reuse_files", True, rule, hint)
-
-
 def something_is_pruned(config: Config, world_size: int | None) -> Iterator[Problem]:
     """A run that saves only at its end has one checkpoint."""
     checkpoint = config.checkpoint

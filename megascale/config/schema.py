@@ -350,10 +350,10 @@ class CheckpointConfig(Section):
     staging_dir: Text | None = None
     """A folder on the machine's own disk where checkpoints are written first; they are copied to
     where they are kept while training goes on."""
-    reuse_files: bool = False
+    reuse_files: bool = True
     """Whether a save writes over the files of the checkpoint that keep_last lets go, which is
-    faster than new ones; until the next save that one's space stays taken. Only where no other
-    program maps or copies checkpoints while they are removed."""
+    faster than new ones: on a file system of this machine alone, where no program has them open.
+    Until the next save that one's space stays taken."""
     init_from: Text | None = None
     """A checkpoint folder whose weights a new run starts with, with fresh optimizer state; null:
     random initial weights."""

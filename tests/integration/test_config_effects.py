@@ -269,7 +269,7 @@ ROWS = (
     Row("checkpoint.folder", "{folder}/run/saved", ("files",)),
     Row(
         "checkpoint.reuse_files",
-        True,
+        False,
         ("console_saved",),
         {"checkpoint.save_interval": 1, "checkpoint.keep_last": 1},
     ),

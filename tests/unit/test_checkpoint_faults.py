@@ -8,8 +8,11 @@ does. After each: the newest intact checkpoint is found, and nothing intact is g
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -276,6 +279,79 @@ def test_what_is_read_or_has_another_name_is_not_written_over(
         readers[6].fill(part)
     for reader in readers.values():
         reader.close()
+
+
+def _maps(path: Path) -> Callable[[], bytes]:
+    with open(path, "rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+    return lambda: bytes(mapping)
+
+
+def _opens(path: Path) -> Callable[[], bytes]:
+    stream = open(path, "rb")  # noqa: SIM115
+    return stream.read
+
+
+def _another_process(path: Path) -> Callable[[], bytes]:
+    """A program that has the file as its input, and reads it when it is told to."""
+    told, tell = os.pipe()
+    program = "import os, sys; os.read(int(sys.argv[1]), 1); os.write(1, os.read(0, 1 << 20))"
+    with open(path, "rb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", program, str(told)],
+            stdin=stream,
+            stdout=subprocess.PIPE,
+            pass_fds=[told],
+        )
+    os.close(told)
+
+    def read() -> bytes:
+        os.write(tell, b"go\n")
+        os.close(tell)
+        return process.communicate()[0]
+
+    return read
+
+
+@pytest.mark.parametrize("holds", [_opens, _maps, _another_process])
+def test_what_another_program_reads_is_not_written_over(
+    two_steps: Path, tmp_path: Path, holds: Callable[[Path], Callable[[], bytes]]
+) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    kept = (root / "step_00000002" / "rank_00000.safetensors").read_bytes()
+    read = holds(root / "step_00000002" / "rank_00000.safetensors")
+    other = os.stat(root / "step_00000002" / "rank_00001.safetensors").st_ino
+    for step in (6, 8):
+        assert _save(root, 2, step, reuse=True) == [None, None]
+    assert read() == kept
+    written = root / "step_00000008"
+    assert os.stat(written / "rank_00001.safetensors").st_ino == other  # this one nobody reads
+    assert CheckpointReader(str(written)).damage() is None
+
+
+def test_a_copy_in_the_middle_of_a_removed_checkpoint_finds_no_other_bytes(
+    two_steps: Path, tmp_path: Path
+) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    folder = os.open(root / "step_00000002", os.O_RDONLY)  # as cp -r and rsync hold it
+    assert _save(root, 2, 6, reuse=True) == [None, None]
+    found = os.stat("rank_00001.safetensors", dir_fd=folder)
+    assert _save(root, 2, 8, reuse=True) == [None, None]
+    assert os.stat(root / "step_00000008" / "rank_00001.safetensors").st_ino == found.st_ino
+    with pytest.raises(FileNotFoundError):
+        os.open("rank_00001.safetensors", os.O_RDONLY, dir_fd=folder)
+    os.close(folder)
+
+
+def test_on_a_file_system_of_several_machines_nothing_is_written_over(
+    two_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = _copy(two_steps, tmp_path / "checkpoints")
+    assert Storage(str(root)).is_of_one_machine()
+    assert Storage("/proc").is_of_one_machine() is False
+    monkeypatch.setattr("megascale.checkpoint.storage._file_system", lambda path: "nfs4")
+    assert _save(root, 2, 6, reuse=True) == [None, None]
+    assert sorted(os.listdir(root)) == ["step_00000004", "step_00000006"]
 
 
 @pytest.mark.parametrize("only", [0, 1], ids=["rank0", "rank1"])

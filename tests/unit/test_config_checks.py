@@ -391,31 +391,11 @@ CASES: dict[str, list[Case]] = {
             "checkpoint.keep_every=1000 checkpoint.keep_last=2",
         ),
     ],
-    "ignored:checkpoint.reuse_files": [
-        Case(
-            "checkpoint.reuse_files=true",
-            "checkpoint.reuse_files",
-            "checkpoint.reuse_files=true checkpoint.keep_last=2",
-        ),
-    ],
     "ignored:checkpoint.init_optimizer": [
         Case(
             "checkpoint.init_optimizer=true",
             "checkpoint.init_optimizer",
             "checkpoint.init_optimizer=true checkpoint.init_from=a",
-        ),
-    ],
-    "files_can_be_reused": [
-        Case(
-            "checkpoint.reuse_files=true checkpoint.keep_last=2 checkpoint.staging_dir=/a",
-            "checkpoint.reuse_files",
-            "checkpoint.reuse_files=true checkpoint.keep_last=2",
-            "leave out reuse_files",
-        ),
-        Case(
-            "checkpoint.reuse_files=true checkpoint.keep_last=2 checkpoint.folder=s3://a/b",
-            "checkpoint.reuse_files",
-            "checkpoint.reuse_files=true checkpoint.keep_last=2 checkpoint.folder=file:///a",
         ),
     ],
     "something_is_pruned": [
