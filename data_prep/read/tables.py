@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,14 +73,34 @@ def _rows(
 ) -> Iterator[Item]:
     number = 0
     for batch in batches:
-        for record in batch.to_pylist():
+        texts = _values(batch.column(options.text_key))
+        others = [
+            name for name in batch.schema.names if name in (options.id_key, *options.meta_keys)
+        ]
+        records = batch.select(others).to_pylist() if others else itertools.repeat({}, len(texts))
+        for text, record in zip(texts, records, strict=True):
             number += 1
-            text, where = record[options.text_key], f"{file.name}:{number}"
-            if not isinstance(text, str):
-                skips.add("row whose text is no string", where)
-            elif not text.strip():
-                skips.add("empty document", where)
-            elif len(text) > options.max_document_bytes:
-                skips.add(too_long(options), where)
+            problem = _problem_of(text, options)
+            if problem:
+                skips.add(problem, f"{file.name}:{number}")
             else:
-                yield item_of(record, number, options)
+                yield item_of(text, record, number, options)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; of strings without an object of arrow for each."""
+    from pyarrow import types
+
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        strings: list[Any] = column.to_numpy(zero_copy_only=False).tolist()
+        return strings
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _problem_of(text: Any, options: FormatOptions) -> str:
+    if not isinstance(text, str):
+        return "row whose text is no string"
+    if not text or text.isspace():
+        return "empty document"
+    return too_long(options) if len(text) > options.max_document_bytes else ""
