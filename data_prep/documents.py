@@ -26,7 +26,7 @@ def iterate_documents(
     Raises:
         UserError: a file cannot be opened, or what unpacks it is not installed.
     """
-    options = FormatOptions(unit, text_key)
+    options = FormatOptions(unit, text_key, id_key="")
     return (item.text for _, item in read_items(files, options, skips))
 
 

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -23,12 +20,21 @@ class Advance(Protocol):
 @contextmanager
 def progress_of_bytes(title: str, total_bytes: int) -> Iterator[Advance]:
     """Show how much of `total_bytes` is done."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
+    if sys.stderr.isatty():
+        with _bar(title, total_bytes) as advance:
+            yield advance
+    else:
         yield _plain_lines(title, total_bytes)
-        return
+
+
+@contextmanager
+def _bar(title: str, total_bytes: int) -> Iterator[Advance]:
+    # Imported for a person who looks on: it would be a tenth of the start-up of every batch job.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda done_bytes: bar.advance(task, done_bytes)
 

@@ -46,6 +46,7 @@ _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS_FILE = "pydoc_data/topics.py"
 _CHUNK_BYTES = 4 << 20
+_BUFFER_BYTES = 1 << 16  # lines cost less than half of what they cost with the usual 8 kB
 _SHORTEST_PROSE = 80  # characters of a docstring
 
 
@@ -83,7 +84,7 @@ class InputFile:
     def _plain(self) -> BinaryIO:
         """The bytes as they lie there."""
         if isinstance(self.filesystem, LocalFileSystem):
-            return open(self.path, "rb")
+            return open(self.path, "rb", buffering=_BUFFER_BYTES)
         stream: Any = self.filesystem.open(self.path, "rb")
         # files of stores read lines without a limit only, and byte by byte
         buffered = isinstance(stream, io.BufferedIOBase)

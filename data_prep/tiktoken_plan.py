@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,14 @@ def tiktoken_plan(definition: dict[str, Any]) -> TiktokenPlan:
     Raises:
         UserError: tiktoken cannot run it; says why.
     """
+    pattern, tokens = _pattern_and_tokens(definition)
+    vocabulary = definition["model"]["vocab"]
+    ids = np.fromiter(map(vocabulary.__getitem__, tokens), dtype=np.uint32, count=len(tokens))
+    return TiktokenPlan(pattern, {token: i for i, token in enumerate(_as_bytes(tokens))}, ids)
+
+
+def _pattern_and_tokens(definition: dict[str, Any]) -> tuple[str, list[str]]:
+    """What splits the text, and the tokens in the order of their ranks."""
     model = definition["model"]
     if model.get("type") != "BPE":
         raise _unfit(f"the model is {model.get('type')}, not BPE")
@@ -57,13 +66,13 @@ def tiktoken_plan(definition: dict[str, Any]) -> TiktokenPlan:
     pattern = _split_pattern(definition["pre_tokenizer"])
     if pattern is None:
         raise _unfit("text is not split by one regular expression")
-    return TiktokenPlan(pattern, *_ranks_and_ids(model))
+    return pattern, _tokens_by_rank(model)
 
 
 def runs_on_tiktoken(definition: dict[str, Any]) -> bool:
     """Whether `tiktoken_plan` has one for this tokenizer.json."""
     try:
-        tiktoken_plan(definition)
+        _pattern_and_tokens(definition)
     except UserError:
         return False
     return True
@@ -117,19 +126,28 @@ def _sequence(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [pre_tokenizer]
 
 
-def _ranks_and_ids(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
-    vocabulary, letters = model["vocab"], _byte_of_letter()
-    merged = ("".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"])
+def _tokens_by_rank(model: dict[str, Any]) -> list[str]:
+    letters = _byte_of_letter()
+    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     tokens = [*letters, *merged]
-    if not all(token in vocabulary for token in tokens):
+    distinct = set(tokens)
+    if not distinct <= model["vocab"].keys():
         raise _unfit("a byte, or what a merge makes, is not in the vocabulary")
-    try:
-        ranks = {bytes(map(letters.__getitem__, token)): i for i, token in enumerate(tokens)}
-    except KeyError:
-        raise _unfit("a merge holds what is no byte") from None
-    if len(ranks) != len(tokens):
+    if not set().union(*merged) <= letters.keys():
+        raise _unfit("a merge holds what is no byte")
+    if len(distinct) != len(tokens):
         raise _unfit("two merges make the same token")
-    return ranks, np.array([vocabulary[token] for token in tokens], dtype=np.uint32)
+    return tokens
+
+
+def _as_bytes(tokens: list[str]) -> Iterator[bytes]:
+    """The bytes that tokens of the byte-level alphabet stand for, one letter each; all at once."""
+    letters = {ord(letter): byte for letter, byte in _byte_of_letter().items()}
+    content = "".join(tokens).translate(letters).encode("latin-1")
+    begin = 0
+    for token in tokens:
+        yield content[begin : begin + len(token)]
+        begin += len(token)
 
 
 @functools.cache

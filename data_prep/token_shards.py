@@ -82,7 +82,8 @@ class TokenizeShard:
         check = EncoderCheck(self._encoder, self._tokenizer, task.name)
         layout: _Layout
         if self.sentence_limit is None:
-            layout = _Documents(self._encoder, check, self._tokenizer.eod_id)
+            eod_id, vocab_size = self._tokenizer.eod_id, self._tokenizer.vocab_size
+            layout = _Documents(self._encoder, check, eod_id, vocab_size)
         else:
             starts = self._tokenizer.word_starts()
             layout = _Sentences(self._encoder, check, starts, self.sentence_limit)
@@ -109,7 +110,6 @@ class TokenizeShard:
         advance: Advance,
     ) -> None:
         tokens, lengths, sequences = layout(texts)
-        _check_vocabulary(tokens, self._tokenizer.vocab_size)
         empty = np.flatnonzero(sequences == 0).tolist()
         for number in empty:
             skips.add("document without tokens", repr(texts[number][:20]))
@@ -132,13 +132,16 @@ class _Layout(Protocol):
 class _Documents:
     """A document is one sequence, with the end-of-document id at its end."""
 
-    def __init__(self, encoder: Encoder, check: EncoderCheck, eod_id: int) -> None:
-        self._encoder, self._check, self._eod_id = encoder, check, eod_id
+    def __init__(self, encoder: Encoder, check: EncoderCheck, eod_id: int, vocab_size: int) -> None:
+        self._encoder, self._check = encoder, check
+        self._eod_id, self._vocab_size = eod_id, vocab_size
+        self._dtype = token_dtype(vocab_size)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, lengths = self._encoder.encode(texts)
         self._check.sample(texts, ids, lengths)
-        tokens = np.empty(len(ids) + len(texts), dtype=ids.dtype)
+        _check_vocabulary(ids, self._vocab_size)
+        tokens = np.empty(len(ids) + len(texts), dtype=self._dtype)
         ends = np.cumsum(lengths)
         tokens[ends + np.arange(len(texts))] = self._eod_id
         begin = 0

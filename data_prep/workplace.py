@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import xxhash
 
 from data_prep.outputs import RUN_NAME
@@ -302,6 +301,8 @@ def own_temporary_folder() -> Path:
 
 
 def _remove_if_abandoned(path: Path, owner: str) -> None:
+    import psutil  # only where something lies about
+
     if owner.isdigit() and not psutil.pid_exists(int(owner)):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -52,7 +52,9 @@ def _items(file: InputFile, options: FormatOptions, skips: SkipReport) -> Iterat
     if file.kind in _TABLES:
         import pyarrow
 
-        damage, kind = (pyarrow.ArrowException, *damage), "truncated or damaged table"
+        # names and meta are strings, too: such that are not UTF-8 end a table
+        damage = (pyarrow.ArrowException, UnicodeDecodeError, *damage)
+        kind = "truncated or damaged table"
     try:
         yield from _READERS[file.kind](file, options, skips)
     except damage as error:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import orjson
-from fsspec.utils import infer_compression
 
 from data_prep.read.options import DocumentUnit, FormatOptions, Item
 from data_prep.skips import SkipReport
@@ -24,13 +23,19 @@ def open_unpacked(file: InputFile) -> BinaryIO:
         UserError: what unpacks it is not installed.
     """
     # fsspec reads a compression that it does not know as plain bytes, without a word.
-    if file.path.endswith(COMPRESSED_SUFFIXES) and infer_compression(file.path) is None:
+    if file.path.endswith(COMPRESSED_SUFFIXES) and not _can_unpack(file.path):
         raise UserError(
             f"{file.name} cannot be unpacked: its compression is not installed",
             rule="compressed input is read through fsspec",
             remedy="`pip install zstandard` for .zst, or unpack the file",
         )
     return file.open()
+
+
+def _can_unpack(path: str) -> bool:
+    from fsspec.utils import infer_compression
+
+    return infer_compression(path) is not None
 
 
 def read_text(file: InputFile, options: FormatOptions, skips: SkipReport) -> Iterator[Item]:
@@ -45,7 +50,7 @@ def read_text(file: InputFile, options: FormatOptions, skips: SkipReport) -> Ite
 def read_jsonl(file: InputFile, options: FormatOptions, skips: SkipReport) -> Iterator[Item]:
     """A file of JSON lines."""
     for number, line in numbered_lines(file, options, skips):
-        if not line.strip():
+        if not line or line.isspace():
             continue
         try:
             record: Any = orjson.loads(line)
@@ -56,7 +61,7 @@ def read_jsonl(file: InputFile, options: FormatOptions, skips: SkipReport) -> It
         if problem:
             skips.add(problem, f"{file.name}:{number}")
         else:
-            yield item_of(record, number, options)
+            yield item_of(record[options.text_key], record, number, options)
 
 
 def _problem_of(record: Any, text_key: str) -> str:
@@ -67,16 +72,17 @@ def _problem_of(record: Any, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         return "json line whose text is no string"
-    return "" if text.strip() else "empty document"
+    # isspace looks no further than the first letter
+    return "empty document" if not text or text.isspace() else ""
 
 
-def item_of(record: dict[str, Any], position: int, options: FormatOptions) -> Item:
-    """A record with a text as an item."""
-    own = record.get(options.id_key)
+def item_of(text: str, record: dict[str, Any], position: int, options: FormatOptions) -> Item:
+    """A text as an item, with its name and meta from the record it stood in."""
+    own = record.get(options.id_key) if options.id_key else None
+    if own is None and not options.meta_keys:
+        return Item(text, position)
     meta = {key: record[key] for key in options.meta_keys if record.get(key) is not None}
-    return Item(
-        record[options.text_key], position, str(own) if isinstance(own, str | int) else "", meta
-    )
+    return Item(text, position, str(own) if isinstance(own, str | int) else "", meta)
 
 
 def decode_file(file: InputFile, options: FormatOptions, skips: SkipReport) -> str | None:

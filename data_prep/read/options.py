@@ -28,7 +28,7 @@ class FormatOptions:
     Attributes:
         unit: what one document is in a text file.
         text_key: key or column of the text in jsonl, parquet and arrow.
-        id_key: key or column of a document's own name, where there is one.
+        id_key: key or column of a document's own name, where there is one; "": it is not wanted.
         meta_keys: keys or columns that are kept as `meta`.
         max_document_bytes: longer documents are skipped and counted; bounds the memory.
         extract_html: take the main text out of HTML in jsonl, parquet and arrow too.

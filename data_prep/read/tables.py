@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from data_prep.read.lines import item_of, too_long
@@ -19,12 +21,12 @@ def read_parquet(file: InputFile, options: FormatOptions, skips: SkipReport) -> 
 
     with file.open(decompress=False) as stream:
         table = parquet.ParquetFile(stream)
-        columns = _columns(table.schema_arrow.names, options)
-        if columns is None:
-            _no_column(file, options, skips, table.metadata.num_rows)
+        names = table.schema_arrow.names
+        if names.count(options.text_key) != 1:
+            _no_column(file, names, options, skips, table.metadata.num_rows)
             return
-        batches = table.iter_batches(batch_size=_ROWS, columns=columns)
-        yield from _rows(file, batches, options, skips)
+        wanted = [names[number] for number in _columns(names, options)]
+        yield from _rows(file, table.iter_batches(_ROWS, columns=wanted), options, skips)
 
 
 def read_arrow(file: InputFile, options: FormatOptions, skips: SkipReport) -> Iterator[Item]:
@@ -41,28 +43,30 @@ def read_arrow(file: InputFile, options: FormatOptions, skips: SkipReport) -> It
         else:
             opened = pyarrow.ipc.open_stream(stream)
             batches = iter(opened)
-        columns = _columns(opened.schema.names, options)
-        if columns is None:
-            _no_column(file, options, skips, sum(batch.num_rows for batch in batches))
+        names = opened.schema.names
+        if names.count(options.text_key) != 1:
+            rows = sum(batch.num_rows for batch in batches)
+            _no_column(file, names, options, skips, rows)
             return
         slices = (
-            batch.select(columns).slice(start, _ROWS)
+            batch.select(_columns(names, options)).slice(start, _ROWS)
             for batch in batches
             for start in range(0, batch.num_rows, _ROWS)
         )
         yield from _rows(file, slices, options, skips)
 
 
-def _columns(names: list[str], options: FormatOptions) -> list[str] | None:
-    """The columns to read, None without the one of the text."""
-    if options.text_key not in names:
-        return None
+def _columns(names: list[str], options: FormatOptions) -> list[int]:
+    """The numbers of the columns to read: a name may stand for several."""
     wanted = {options.text_key, options.id_key, *options.meta_keys}
-    return [name for name in names if name in wanted]
+    return [number for number, name in enumerate(names) if name in wanted]
 
 
-def _no_column(file: InputFile, options: FormatOptions, skips: SkipReport, rows: int) -> None:
-    kind = f"row of a table without the column {options.text_key!r}"
+def _no_column(
+    file: InputFile, names: list[str], options: FormatOptions, skips: SkipReport, rows: int
+) -> None:
+    what = "with several columns" if options.text_key in names else "without the column"
+    kind = f"row of a table {what} {options.text_key!r}"
     skips.add(kind, file.name)
     skips.counts[kind] += rows - 1
 
@@ -71,15 +75,53 @@ def _rows(
     file: InputFile, batches: Iterator[Any], options: FormatOptions, skips: SkipReport
 ) -> Iterator[Item]:
     number = 0
+    kept = (options.id_key, *options.meta_keys)
     for batch in batches:
-        for record in batch.to_pylist():
+        texts = _texts(batch.column(options.text_key))
+        others = [at for at, name in enumerate(batch.schema.names) if name in kept]
+        records = batch.select(others).to_pylist() if others else itertools.repeat({}, len(texts))
+        for text, record in zip(texts, records, strict=True):
             number += 1
-            text, where = record[options.text_key], f"{file.name}:{number}"
-            if not isinstance(text, str):
-                skips.add("row whose text is no string", where)
-            elif not text.strip():
-                skips.add("empty document", where)
-            elif len(text) > options.max_document_bytes:
-                skips.add(too_long(options), where)
+            problem = _problem_of(text, options)
+            if problem:
+                skips.add(problem, f"{file.name}:{number}")
             else:
-                yield item_of(record, number, options)
+                yield item_of(text, record, number, options)
+
+
+def _texts(column: Any) -> list[Any]:
+    """The values of a column, strings as such where they are UTF-8, else as bytes."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if _holds_strings(column.type):
+        with suppress(pyarrow.ArrowException):  # one of them is not UTF-8
+            strings: list[Any] = column.to_numpy(zero_copy_only=False).tolist()
+            return strings
+        column = column.cast(pyarrow.large_binary())
+    return [_decoded(value) for value in column.to_pylist()]
+
+
+def _holds_strings(kind: Any) -> bool:
+    from pyarrow import types
+
+    tests = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(test(kind) for test in tests)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
+
+
+def _problem_of(text: Any, options: FormatOptions) -> str:
+    if isinstance(text, bytes):
+        return "row that is not UTF-8"
+    if not isinstance(text, str):
+        return "row whose text is no string"
+    if not text or text.isspace():
+        return "empty document"
+    return too_long(options) if len(text) > options.max_document_bytes else ""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import xxhash
 
 from megascale.data.places import DISK_FULL, Place, is_remote, open_binary, put_bytes
@@ -165,5 +164,11 @@ def _remove_abandoned_siblings(path: Path) -> None:
     for entry in path.parent.iterdir():
         owner = entry.name.removeprefix(prefix).removesuffix(".tmp")
         is_ours = entry.name == f"{prefix}{owner}.tmp" and owner.isdigit()
-        if is_ours and not psutil.pid_exists(int(owner)):
+        if is_ours and not _lives(int(owner)):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    import psutil  # only where something lies about
+
+    return psutil.pid_exists(process)

@@ -161,7 +161,7 @@ def test_the_sample_is_seeded_and_reaches_everywhere(gpt2: FastTokenizer) -> Non
     first = list(asked)
     assert "text 0" in first
     assert 3 < len(first) < 25
-    assert max(len(text) for text in first) <= 16_384
+    assert max(len(text) for text in first) <= 4_096
 
 
 def test_auto_chooses_what_fits(gpt2: FastTokenizer, tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megascale.data.tokenizer import Tokenizer, load_tokenizer
+from megascale.data.tokenizer_backends import canonical_json
 from megascale.errors import UserError
 
 TEXTS = [
@@ -222,3 +226,29 @@ def test_transformers_and_torch_are_not_imported_for_a_tokenizer_json(
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+_WORDS = st.text(max_size=8)
+_FLAT = st.one_of(
+    st.dictionaries(_WORDS, st.integers(-(2**53), 2**53)),
+    st.lists(_WORDS),
+    st.lists(st.lists(_WORDS)),
+    st.lists(st.tuples(_WORDS, st.floats(allow_nan=False, allow_infinity=False)).map(list)),
+)
+_JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(-1, 1), _WORDS, _FLAT
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(_WORDS, inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(_JSON)
+def test_canonical_json_is_what_json_writes(value: object) -> None:
+    """Fingerprints of datasets that exist were made with json."""
+    wanted = json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+
+    assert canonical_json(orjson.loads(orjson.dumps(value))) == wanted

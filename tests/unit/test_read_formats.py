@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
@@ -207,6 +208,44 @@ def test_bad_lines_and_rows_are_counted(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "b.parquet")
     found, skipped = _read(tmp_path / "b.parquet", **limited)
     assert (len(found), sum(skipped.values())) == (1, 3)
+
+
+def _strings(kind: pa.DataType, *values: bytes) -> pa.Array:
+    """Strings that nobody has looked at: arrow checks no UTF-8 of a file either."""
+    offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers).cast(kind)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()], ids=str
+)
+def test_a_row_that_is_not_utf8_costs_no_other_row(tmp_path: Path, kind: pa.DataType) -> None:
+    column = _strings(kind, b"one", b"caf\xe9", "drei \u4e2d".encode())
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.schema({"text": kind})) as writer:
+        writer.write_table(pa.table({"text": column}))
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    for name in ("a.arrow", "a.parquet"):
+        found, skipped = _read(tmp_path / name)
+        assert found == [("one", 1, ""), ("drei \u4e2d", 3, "")], name
+        assert skipped == {"row that is not UTF-8": 1}, name
+
+
+def test_tables_with_odd_columns(tmp_path: Path) -> None:
+    twice = pa.table([pa.array(["a", "b"]), pa.array(["c", "d"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    expected = {"row of a table with several columns 'text'": 2}
+    assert _read(tmp_path / "twice.parquet") == ([], expected)
+
+    words = pa.table({"text": pa.array(["a", None, "b", "a"]).dictionary_encode()})
+    parquet.write_table(words, tmp_path / "words.parquet")
+    found, skipped = _read(tmp_path / "words.parquet")
+    assert [text for text, _, _ in found] == ["a", "b", "a"]
+    assert skipped == {"row whose text is no string": 1}
+
+    names = pa.table({"text": ["a", "b"], "id": _strings(pa.string(), b"x", b"\xe9")})
+    parquet.write_table(names, tmp_path / "names.parquet")
+    assert _read(tmp_path / "names.parquet") == ([], {"truncated or damaged table": 1})
 
 
 @pytest.fixture
