@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megascale.verification.distances import Distances, distances
 from megascale.verification.layout import Layout
 from megascale.verification.norm_cause import norm_cause
-from megascale.verification.record import START, RunRecord, take
+from megascale.verification.record import START, RunRecord, places
 
 # A gradient that is zero in exact arithmetic (key biases: softmax does not see a shift) is pure
 # rounding; a tensor counts as at least this part of the whole gradient's norm. With a tolerance of
@@ -122,10 +123,11 @@ def compare(
     """
     worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
     first: Difference | None = None
+    away = distances(found, expected)
     for step in range(len(expected.losses)):
         whole = tolerance.tensor_steps is None or step < tolerance.tensor_steps
         with_tensors = whole and expected.has_tensors(step)
-        checks = _step_differences(found, expected, step, lr, with_tensors)
+        checks = _step_differences(found, expected, away, step, lr, with_tensors)
         for what, tensor, size in checks:
             key = {"gradient norm": "norm"}.get(what, what)
             limit = getattr(tolerance, key, 0.0)
@@ -145,10 +147,15 @@ def _larger(a: float, b: float) -> float:
 
 
 def _step_differences(
-    found: RunRecord, expected: RunRecord, step: int, lr: float, with_tensors: bool
+    found: RunRecord,
+    expected: RunRecord,
+    away: Distances,
+    step: int,
+    lr: float,
+    with_tensors: bool,
 ) -> list[tuple[str, str, float]]:
     """(what, tensor, size) of one step in the order in which an error would spread."""
-    rows = [] if step else _start_differences(found, expected)
+    rows = [] if step else _start_differences(expected, away)
     rows += [
         ("samples", "", float(found.samples[step] != expected.samples[step])),
         *([] if step else _output_differences(found, expected)),
@@ -157,26 +164,28 @@ def _step_differences(
     ]
     names = list(reversed(expected.names)) if with_tensors else []
     norm = expected.norms[step]
+    at = expected.rows("grad").index(step) if names else 0
     for name in names:
-        rows.append(("replicas", name, _drift(found, step, "grad", name)))
-        ours, theirs = found.whole(step, "grad", name), expected.whole(step, "grad", name)
-        floor = NOISE * norm
-        rows.append(("gradient", name, _l2(ours - theirs) / max(_l2(theirs), floor)))
+        key = "grad", name
+        rows.append(("replicas", name, float(away.drift[key][at])))
+        size = max(float(away.size[key][at]), NOISE * norm)
+        rows.append(("gradient", name, float(away.l2[key][at]) / size))
     rows.append(("gradient norm", "", _relative(found.norms[step], norm)))
+    at = expected.rows("master").index(step) if names else 0
     for name in names:
-        rows.append(("replicas", name, _drift(found, step, "master", name)))
-        ours, theirs = found.whole(step, "master", name), expected.whole(step, "master", name)
-        rows.append(("weight", name, float(np.abs(ours - theirs).max()) / max(1.0, lr * 1000)))
+        key = "master", name
+        rows.append(("replicas", name, float(away.drift[key][at])))
+        rows.append(("weight", name, float(away.largest[key][at]) / max(1.0, lr * 1000)))
     return rows
 
 
-def _start_differences(found: RunRecord, expected: RunRecord) -> list[tuple[str, str, float]]:
+def _start_differences(expected: RunRecord, away: Distances) -> list[tuple[str, str, float]]:
     """Weights are drawn by name: before the first step they are the same to the last bit."""
     rows = []
+    at = expected.rows("master").index(START)
     for name in expected.names:
-        rows.append(("replicas", name, _drift(found, START, "master", name)))
-        ours, theirs = (r.whole(START, "master", name) for r in (found, expected))
-        rows.append(("initial weight", name, float(np.abs(ours - theirs).max())))
+        rows.append(("replicas", name, float(away.drift["master", name][at])))
+        rows.append(("initial weight", name, float(away.largest["master", name][at])))
     return rows
 
 
@@ -307,7 +316,7 @@ def _wrong_ranks(
 ) -> list[int]:
     wrong = []
     for rank, part, values in found.copies(step, kind, tensor):
-        right = take(theirs, part)
+        right = theirs[places(part)]
         if _l2(values - right) > 1e-4 * max(_l2(right), 1e-300):
             wrong.append(rank)
     return wrong

@@ -36,7 +36,7 @@ def _parts(
     squares = {
         name: float(np.square(expected.whole(step, "grad", name)).sum()) for name in expected.names
     }
-    for stage, names in enumerate(_names_by_stage(found, step, layout)):
+    for stage, names in enumerate(_names_by_stage(found, layout)):
         yield f"pipeline rank {stage}'s gradients", sum(squares[name] for name in names)
         if layout.pp > 2:
             others = sum(squares[name] for name in set(squares) - names)
@@ -44,7 +44,7 @@ def _parts(
     yield from squares.items()
 
 
-def _names_by_stage(found: RunRecord, step: int, layout: Layout) -> list[set[str]]:
+def _names_by_stage(found: RunRecord, layout: Layout) -> list[set[str]]:
     """The tensors that each pipeline rank holds; a tied weight counts for the first that does."""
     if layout.pp == 1:
         return []
@@ -53,6 +53,6 @@ def _names_by_stage(found: RunRecord, step: int, layout: Layout) -> list[set[str
     for first in range(0, layout.world_size, per_stage):
         ranks = found.ranks[first : first + per_stage]
         keys = [key for parts in ranks for key in parts]
-        names = {name for at, kind, name in keys if (at, kind) == (step, "grad")}
+        names = {name for kind, name in keys if kind == "grad"}
         held.append(names - set().union(*held))
     return held

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,20 +25,18 @@ from megascale.training.step import train_step
 from megascale.verification.collectives import CollectiveCounter
 from megascale.verification.outputs import OutputSums, pooled
 from megascale.verification.storages import live_bytes
-from megascale.wide import widen
+from megascale.wide import wide_dtype
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank held of one tensor at one step.
+    """What one rank held of one tensor in every step.
 
     Attributes:
-        step: 0-based step, or START.
         kind: "grad" (before clipping) or "master" (after the update).
         line: the line of the tensor-parallel plan that cut it.
     """
 
-    step: int
     kind: str
     name: str
     global_shape: tuple[int, ...]
@@ -48,8 +47,8 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Name of the tensor in the rank's file."""
-        return f"{self.step}/{self.kind}/{self.name}"
+        """Name of the tensor in the rank's file: (rows of `kept_rows`, numel)."""
+        return f"{self.kind}/{self.name}"
 
 
 START = -1
@@ -57,6 +56,13 @@ START = -1
 
 TENSOR_STEPS = 20
 """Gradients and weights are kept of so many steps and of the last one; losses and norms of all."""
+
+
+def kept_rows(kind: str, steps: int) -> list[int]:
+    """The steps of which a run of `steps` steps keeps tensors of a kind, in order."""
+    last = [steps - 1] if steps > TENSOR_STEPS else []
+    first = [START] if kind == "master" else []
+    return [*first, *range(min(steps, TENSOR_STEPS)), *last]
 
 
 class RecordingEngine:
@@ -69,7 +75,7 @@ class RecordingEngine:
     def __init__(self, engine: Engine, steps: int) -> None:
         self._engine, self._steps = engine, steps
         self._step = 0
-        self.parts: list[Part] = []
+        self.parts: dict[str, Part] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.outputs = OutputSums()
         self._keep("master", START)
@@ -87,25 +93,38 @@ class RecordingEngine:
 
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`."""
-        kept = self._step < TENSOR_STEPS or self._step == self._steps - 1
-        if kept:
-            self._keep("grad", self._step)
+        self._keep("grad", self._step)
         outcome = self._engine.step(lr)
-        if kept:
-            self._keep("master", self._step)
+        self._keep("master", self._step)
         self._step += 1
         return outcome
 
     def _keep(self, kind: str, step: int) -> None:
+        rows = kept_rows(kind, self._steps)
+        if step not in rows:
+            return
+        row = rows.index(step)
         for fragment in self._engine.fragments([kind], replicas=True):
-            part = _describe(step, fragment, self._engine)
-            self.parts.append(part)
-            self.tensors[part.key] = widen(fragment.tensor.detach()).cpu().clone()
+            part = self._part(fragment, len(rows))
+            if (part.start, part.numel) != (fragment.start, fragment.numel):
+                raise RuntimeError(f"{part.key} lies elsewhere in step {step} than before")
+            self.tensors[part.key][row] = fragment.tensor.detach()
+
+    def _part(self, fragment: Fragment, rows: int) -> Part:
+        """The description of a fragment; its place is made when it is first seen."""
+        found = self.parts.get(f"{fragment.kind}/{fragment.name}")
+        if found is None:
+            found = _describe(fragment, self._engine)
+            self.parts[found.key] = found
+            # a step without the fragment stays NaN, which no comparison passes
+            self.tensors[found.key] = torch.full(
+                (rows, fragment.numel), torch.nan, dtype=wide_dtype(fragment.tensor.dtype)
+            )
+        return found
 
 
-def _describe(step: int, fragment: Fragment, engine: Engine) -> Part:
+def _describe(fragment: Fragment, engine: Engine) -> Part:
     return Part(
-        step=step,
         kind=fragment.kind,
         name=fragment.name,
         global_shape=fragment.global_shape,
@@ -116,23 +135,28 @@ def _describe(step: int, fragment: Fragment, engine: Engine) -> Part:
     )
 
 
-def record_run(config: Config, device: torch.device, steps: int, folder: Path) -> None:
-    """Train `steps` steps and write this rank's record below `folder`. Collective."""
+def record_run(
+    config: Config, device: torch.device, steps: int, folder: Path, *, count_sent: bool = True
+) -> None:
+    """Train `steps` steps and write this rank's record below `folder`. Collective.
+
+    Args:
+        count_sent: whether the last step's collectives are counted, which makes it slower.
+    """
     parts = assemble_step(config, device, wrap=partial(RecordingEngine, steps=steps))
-    recorder = parts.engine
+    recorder, mesh = parts.engine, parts.mesh
     assert isinstance(recorder, RecordingEngine)
     state = TrainState()
     losses, norms, samples = [], [], []
-    counter = CollectiveCounter(parts.mesh)
+    counter = CollectiveCounter(mesh)
     for step in range(steps):
         batches = parts.loader.load(state.samples_seen)
         samples.append([i for batch in batches for i in batch["sample_ids"].tolist()])
         # the last step stands for all: the first ones build states and buffers
-        with counter if step == steps - 1 else nullcontext():
+        with counter if count_sent and step == steps - 1 else nullcontext():
             result = train_step(parts, state)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    mesh = parts.mesh
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"rank_{mesh.rank:05d}.safetensors", "wb") as stream:
         write_tensors(stream, recorder.tensors)
@@ -144,7 +168,7 @@ def record_run(config: Config, device: torch.device, steps: int, folder: Path) -
         "outputs": recorder.outputs.sums,
         "sent": {" ".join(key): size for key, size in sorted(counter.bytes.items())},
         "held": asdict(live_bytes(recorder)),
-        "parts": [asdict(part) for part in recorder.parts],
+        "parts": [asdict(part) for part in recorder.parts.values()],
     }
     (folder / f"rank_{mesh.rank:05d}.json").write_text(json.dumps(curve))
     parts.loader.close()
@@ -160,7 +184,7 @@ class RunRecord:
         losses, norms: by step.
         samples: by step, sample ids in global order.
         agree: by step, whether all ranks reported the same loss.
-        ranks: rank -> its parts by (step, kind, name).
+        ranks: rank -> its parts by (kind, name).
         outputs: (mean, root mean square) of what each module put out in the first step, in the
             order of the forward.
         sent: bytes of the collectives of the last step on rank 0, by axis and kind.
@@ -171,7 +195,7 @@ class RunRecord:
     norms: list[float]
     samples: list[list[int]]
     agree: list[bool]
-    ranks: list[dict[tuple[int, str, str], Part]]
+    ranks: list[dict[tuple[str, str], Part]]
     outputs: dict[str, tuple[float, float]]
     sent: dict[str, int]
     held: dict[str, int]
@@ -184,24 +208,39 @@ class RunRecord:
 
     def has_tensors(self, step: int) -> bool:
         """Whether gradients and weights of a step were kept."""
-        return step < TENSOR_STEPS or step == len(self.losses) - 1
+        return step in self.rows("grad")
+
+    def rows(self, kind: str) -> list[int]:
+        """The step of each row of `blocks` and `whole_block`."""
+        return kept_rows(kind, len(self.losses))
+
+    def blocks(
+        self, kind: str, name: str, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Part, np.ndarray]]:
+        """(rank, part, (rows, numel) values) of every rank that held some of a tensor.
+
+        Args:
+            first, last: the half-open interval of rows; all by default.
+        """
+        end = len(self.rows(kind)) if last is None else last
+        for rank, parts in enumerate(self.ranks):
+            part = parts.get((kind, name))
+            if part is not None:
+                flat = self.files[rank].read(part.key, first * part.numel, end * part.numel)
+                yield rank, part, flat.numpy().reshape(end - first, part.numel)
 
     def copies(self, step: int, kind: str, name: str) -> Iterator[tuple[int, Part, np.ndarray]]:
-        """(rank, part, values) of every rank that held some of a tensor."""
-        for rank, parts in enumerate(self.ranks):
-            part = parts.get((step, kind, name))
-            if part is not None:
-                yield rank, part, self.files[rank].read(part.key).numpy()
+        """(rank, part, values) of every rank that held some of a tensor after a step."""
+        row = self.rows(kind).index(step)
+        for rank, part, values in self.blocks(kind, name, row, row + 1):
+            yield rank, part, values[0]
 
     def whole(self, step: int, kind: str, name: str) -> np.ndarray:
         """The global tensor, flat fp64; elements that no rank held are NaN."""
-        flat: np.ndarray | None = None
-        for _, part, values in self.copies(step, kind, name):
-            if flat is None:
-                flat = np.full(int(np.prod(part.global_shape)), np.nan)
-            put(flat, part, values)
-        assert flat is not None, f"no rank recorded {kind} of {name}"
-        return flat
+        row = self.rows(kind).index(step)
+        whole = joined(self.blocks(kind, name, row, row + 1))
+        assert whole is not None, f"no rank recorded {kind} of {name}"
+        return whole[0]
 
     def close(self) -> None:
         """Close the files."""
@@ -209,20 +248,27 @@ class RunRecord:
             file.close()
 
 
-def put(flat: np.ndarray, part: Part, values: np.ndarray) -> None:
-    """Write a rank's values where they belong in the flattened global tensor."""
-    begins, lengths = global_runs(part.global_shape, part.box, part.start, part.numel)
-    at = 0
-    for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
-        flat[begin : begin + length] = values[at : at + length]
-        at += length
+def joined(blocks: Iterable[tuple[int, Part, np.ndarray]]) -> np.ndarray | None:
+    """(rows, elements of the global tensor) fp64 from the ranks' parts; NaN where nobody has any.
+
+    Several ranks may hold the same elements: the last one's count. None without a part.
+    """
+    whole: np.ndarray | None = None
+    for _, part, values in blocks:
+        if whole is None:
+            whole = np.full((len(values), math.prod(part.global_shape)), np.nan)
+        if part.numel == whole.shape[1]:
+            whole[:] = values
+        else:
+            whole[:, places(part)] = values
+    return whole
 
 
-def take(flat: np.ndarray, part: Part) -> np.ndarray:
-    """The values of the flattened global tensor that a rank's part covers."""
+def places(part: Part) -> np.ndarray:
+    """Where the elements of a rank's part lie in the flattened global tensor."""
     begins, lengths = global_runs(part.global_shape, part.box, part.start, part.numel)
-    runs = zip(begins.tolist(), lengths.tolist(), strict=True)
-    return np.concatenate([flat[begin : begin + length] for begin, length in runs])
+    ends = np.cumsum(lengths)
+    return np.arange(part.numel) + np.repeat(begins - (ends - lengths), lengths)
 
 
 def read_record(folder: Path, world_size: int) -> RunRecord:
@@ -256,8 +302,8 @@ def _part(values: dict[str, Any]) -> Part:
     return Part(**{**values, "global_shape": tuple(values["global_shape"]), "box": box})
 
 
-def _key(part: Part) -> tuple[int, str, str]:
-    return part.step, part.kind, part.name
+def _key(part: Part) -> tuple[str, str]:
+    return part.kind, part.name
 
 
 def _global_samples(curves: Sequence[dict[str, Any]]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,6 +68,23 @@ def table(rows: Sequence[Row]) -> Table:
             agreed = "same" if verdict.first is None else differs
             out.add_row(str(row.layout), variant, *shown, agreed)
     return out
+
+
+def progress(row: Row) -> str:
+    """One line as soon as a layout is judged: the largest differences of all variants."""
+    verdicts = list(row.verdicts.values())
+    if row.failure or not verdicts:
+        return f"{row.layout}: FAILED {row.failure.partition(chr(10))[0]}"
+    largest = {
+        name: max((getattr(verdict, name) for verdict in verdicts), key=_nan_is_largest)
+        for name in ("loss", "norm", "gradient", "weight")
+    }
+    shown = ", ".join(f"{name} {size:.1e}" for name, size in largest.items())
+    return f"{row.layout}: {'same' if row.agrees else 'DIFFERS'}, {shown}"
+
+
+def _nan_is_largest(size: float) -> float:
+    return math.inf if math.isnan(size) else size
 
 
 def explain(row: Row) -> list[str]:
