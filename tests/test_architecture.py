@@ -24,7 +24,7 @@ SCRIPTS = ("tools", "launch")  # our Python outside the two packages
 # Lowest first. A module imports from its own package and from lower layers.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "wide"),
-    ("file_lock",),
+    ("file_lock", "kernels"),
     ("config",),
     ("models",),
     ("parallel",),

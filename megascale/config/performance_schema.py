@@ -20,3 +20,9 @@ class PerformanceConfig(Section):
     queries at a time; auto: the second in bf16 and fp16 on CPU, where it is faster."""
     fused_optimizer: Choice = "auto"
     """Whether adamw and sgd update a tensor in one pass over it; auto: yes."""
+    compiled_kernels: Choice = "auto"
+    """Whether softmax and GELU on CPU are C++ that is compiled at the first use on a machine; auto:
+    in bf16, where a compiler is found; always: in fp32, too."""
+    keep_memory: Choice = "auto"
+    """Whether glibc's allocator keeps freed memory for the next tensors instead of returning it to
+    the system and mapping it anew, page by page; auto: on CPU. It changes no other allocator."""

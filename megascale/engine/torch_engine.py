@@ -21,9 +21,12 @@ from megascale.engine.fsdp_reduction import accumulate, reduce_now
 from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.pipeline import Pipeline
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
+from megascale.models.embedding import TokenEmbedding
+from megascale.models.gradient_sink import attach_sink
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.gradient_norm import clip_, global_norm
-from megascale.parallel.gradient_reducer import GradientReducer
+from megascale.parallel.gradient_reducer import GradientReducer, ReducerSink
+from megascale.parallel.layers import VocabParallelEmbedding
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
@@ -244,7 +247,14 @@ class ReplicatedEngine(TorchEngine):
         self._reducer = GradientReducer(list(self._params.values()), group)
         if layout is not None:
             self._pipeline = Pipeline(module, layout, mesh, dtype)
+        else:  # whose forwards and backwards of micro-batches do not interleave
+            self._attach_sinks()
         self._build_optimizer()
+
+    def _attach_sinks(self) -> None:
+        for part in self.module.modules():
+            if isinstance(part, (TokenEmbedding, VocabParallelEmbedding)):
+                attach_sink(part.weight, ReducerSink(self._reducer, part.weight))
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor

@@ -62,9 +62,14 @@ class Visibility:
             seen = seen & (queries == self.document_ids[:, None, None, columns]) | (back == 0)
         return seen.expand(-1, -1, -1, len(columns))
 
+    @property
+    def differs_by_sample(self) -> bool:
+        """Whether samples have documents or padding of their own."""
+        return self.document_ids is not None or self.real is not None
+
     def of_samples(self, samples: slice) -> Visibility:
         """The same of some of the samples."""
-        if self.document_ids is None and self.real is None:
+        if not self.differs_by_sample:
             return self
         documents = None if self.document_ids is None else self.document_ids[samples]
         real = None if self.real is None else self.real[samples]
@@ -75,7 +80,7 @@ class Visibility:
         query does not see a key, ``(B or 1, 1, R, C)`` in the type of ``like``. Made once where it
         is the same for all samples, which then only the distance of the intervals decides.
         """
-        same = self.document_ids is None and self.real is None
+        same = not self.differs_by_sample
         key = (rows[0] - columns[0], rows[1] - rows[0], columns[1] - columns[0], like.dtype)
         if same and key in self._biases:
             return self._biases[key]
@@ -96,7 +101,7 @@ class Visibility:
             return False
         if self.window is not None and nearest >= self.window:
             return False
-        if self.document_ids is not None or self.real is not None:
+        if self.differs_by_sample:
             return None
         ends = (self.causal and nearest < 0) or (
             self.window is not None and farthest >= self.window
@@ -107,8 +112,7 @@ class Visibility:
         """The mask of all T = ``length`` queries and keys; None where a kernel needs none: causal
         alone, or everything. Made once: its layers share it in the backward pass.
         """
-        plain = self.document_ids is None and self.real is None
-        if plain and (self.window is None or self.window >= length):
+        if not self.differs_by_sample and (self.window is None or self.window >= length):
             return None
         if length not in self._made:
             places = torch.arange(length, device=device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megascale.models.bert import BERTConfig
 from megascale.models.head import Reduce
+from megascale.models.mlp import gelu, gelu_tanh
 from megascale.models.norm import build_norm
 
 
@@ -35,13 +36,13 @@ class MaskedLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = build_norm("layernorm", config.hidden_size, config.norm_eps, bias=True)
         self.decoder = TiedDecoder(config.vocab_size)
-        self._approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self._activation = gelu_tanh if config.activation == "gelu_tanh" else gelu
 
     def forward(self, hidden: Tensor, tokens: Tensor, reduce: Reduce | None = None) -> Tensor:
         """``hidden`` (..., D), ``tokens`` (V, D), the embedding's weight -> logits (..., V), or
         what ``reduce`` makes of them.
         """
-        transformed = self.norm(F.gelu(self.dense(hidden), approximate=self._approximate))
+        transformed = self.norm(self._activation(self.dense(hidden)))
         return self.decoder(transformed, tokens, reduce)
 
 

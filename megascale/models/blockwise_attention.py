@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megascale.kernels.library import LIBRARY
+from megascale.kernels.passes import attend_, attend_backward_
 from megascale.models.dropout import CounterDropout
 from megascale.wide import wide_dtype, widen
 
@@ -123,6 +125,7 @@ class _Heads:
     ) -> None:
         self._part, self._scoring = part, scoring
         self._visibility = scoring.visibility.of_samples(part[0])
+        self._compiled = scoring.softcap is None and LIBRARY.takes(query)
         self._group = query.shape[1] // key.shape[1]
         self._length = query.shape[2]
         self._query = self.of_query(query)
@@ -147,6 +150,11 @@ class _Heads:
     def probabilities(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
         """(n, R, C), and how the scores follow the products where they are bounded."""
         query, key = self.folded(self._query, rows), self.key[:, columns]
+        if self._compiled:
+            scores = torch.bmm(query, key.transpose(1, 2))
+            if self._visibility.differs_by_sample:
+                self._hide(scores, rows, columns)
+            return attend_(scores, self._seen(rows, columns), self._scoring.scale), None
         nothing = query.new_zeros(()).expand(*query.shape[:2], key.shape[1])
         scores = torch.baddbmm(
             nothing, query, key.transpose(1, 2), beta=0, alpha=self._scoring.scale
@@ -158,6 +166,16 @@ class _Heads:
             scores = (softcap * turned).to(scores.dtype)
         self._hide(scores, rows, columns)
         return torch.softmax(scores, dim=-1), slope
+
+    def _seen(self, rows: slice, columns: slice) -> Tensor:
+        """(2, rows) int32: the columns, counted from the first, that a row may see."""
+        places = torch.arange(rows.start, rows.stop, dtype=torch.int32)
+        begin, end = torch.zeros_like(places), torch.full_like(places, columns.stop)
+        if self._visibility.window is not None:
+            begin = places - (self._visibility.window - 1)
+        if self._visibility.causal:
+            end = places + 1
+        return (torch.stack([begin, end]) - columns.start).clamp_(0, columns.stop - columns.start)
 
     def _hide(self, scores: Tensor, rows: slice, columns: slice) -> None:
         """Set what a query does not see to -inf, in place."""
@@ -193,11 +211,28 @@ class _Heads:
         factor = keep.to(self.value.dtype) * (1.0 / (1.0 - dropout.p))
         return factor.view(len(self.key), -1, factor.shape[-1])
 
+    def _of_scores(
+        self,
+        of_weights: Tensor,
+        probabilities: Tensor,
+        slope: Tensor | None,
+        rows: slice,
+        columns: slice,
+    ) -> Tensor:
+        """The gradient of the products, but for the scale where nothing is compiled."""
+        if self._compiled:
+            seen = self._seen(rows, columns)
+            return attend_backward_(of_weights, probabilities, seen, self._scoring.scale)
+        of_scores = torch.ops.aten._softmax_backward_data(
+            of_weights, probabilities, -1, probabilities.dtype
+        )
+        return of_scores if slope is None else (of_scores * slope).to(of_scores.dtype)
+
     def differentiate(
         self, grad: Tensor, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> None:
         """Write the gradients of these heads, given the output's, to their places in all."""
-        scale = self._scoring.scale
+        scale = 1.0 if self._compiled else self._scoring.scale
         of_out, of_query = self.of_query(grad), self.of_query(grad_query)
         of_key, of_value = (
             torch.zeros(t.shape, dtype=wide_dtype(t.dtype), device=t.device)
@@ -209,11 +244,7 @@ class _Heads:
             kept = self.kept(rows, columns)
             of_value[:, columns] += _dropped(probabilities, kept).transpose(1, 2) @ out
             of_weights = _dropped(out @ self.value[:, columns].transpose(1, 2), kept)
-            of_scores = torch.ops.aten._softmax_backward_data(
-                of_weights, probabilities, -1, probabilities.dtype
-            )
-            if slope is not None:
-                of_scores = (of_scores * slope).to(of_scores.dtype)
+            of_scores = self._of_scores(of_weights, probabilities, slope, rows, columns)
             of_key[:, columns] += of_scores.transpose(1, 2) @ self.folded(self._query, rows)
             own = of_query[..., rows, :]
             torch.mul((of_scores @ self.key[:, columns]).view(own.shape), scale, out=own)

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.errors import UserError
 from megascale.models.dropout import CounterDropout
+from megascale.models.gradient_sink import sink_of
+
+
+class TokenEmbedding(nn.Embedding):
+    """nn.Embedding that adds its gradient to the weight's sink, where there is one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids (B, T) -> (B, T, D)."""
+        if torch.is_grad_enabled() and sink_of(self.weight) is not None:
+            return _Rows.apply(self.weight, input)
+        return super().forward(input)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.sink = sink_of(weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        (ids,) = ctx.saved_tensors
+        total = ctx.sink.numbers()
+        total.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(total.dtype))
+        return None, None
 
 
 class Embedding(nn.Module):
@@ -31,7 +60,7 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = scale
-        self.tokens = nn.Embedding(vocab_size, hidden_size)
+        self.tokens = TokenEmbedding(vocab_size, hidden_size)
         self.positions: nn.Embedding | None = None
         if num_positions is not None:
             self.positions = nn.Embedding(num_positions, hidden_size)

@@ -8,20 +8,29 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megascale.kernels import passes
+from megascale.kernels.library import LIBRARY
+
 ActivationName = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def gelu(x: Tensor) -> Tensor:
+    """The exact one, by erf."""
+    return passes.gelu(x, "gelu") if LIBRARY.takes(x) else F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's approximation."""
+    return passes.gelu(x, "gelu_tanh") if LIBRARY.takes(x) else F.gelu(x, approximate="tanh")
 
 
 # name -> (function, whether it acts on a gate that multiplies the up-projection)
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
-    "gelu": (F.gelu, False),
-    "gelu_tanh": (_gelu_tanh, False),
+    "gelu": (gelu, False),
+    "gelu_tanh": (gelu_tanh, False),
     "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "geglu_tanh": (_gelu_tanh, True),
+    "geglu": (gelu, True),
+    "geglu_tanh": (gelu_tanh, True),
 }
 
 

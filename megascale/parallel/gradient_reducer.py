@@ -37,6 +37,27 @@ class _Bucket:
         return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
 
+class ReducerSink:
+    """A main gradient of a reducer; see `models.gradient_sink.GradientSink`.
+
+    Autograd runs the hook of a parameter after all of its operations, or not at all where none
+    of them handed it anything: such a bucket is reduced in `finish`. The table of the first layer,
+    for which this is, comes last in any case.
+    """
+
+    def __init__(self, reducer: GradientReducer, param: torch.nn.Parameter) -> None:
+        self._reducer, self._param = reducer, param
+
+    def claim(self) -> torch.Tensor | None:
+        """See `GradientSink.claim`."""
+        return self._reducer.claim(self._param)
+
+    def numbers(self) -> torch.Tensor:
+        """See `GradientSink.numbers`."""
+        place = self.claim()
+        return self._reducer.main_gradient(self._param) if place is None else place.zero_()
+
+
 class GradientReducer:
     """Accumulates gradients in fp32 and sums them over the data-parallel group.
 
@@ -57,6 +78,7 @@ class GradientReducer:
         # of narrow parameters: main gradients that hold the last step's numbers; the first gradient
         # is copied there, which spares a pass for zeros and one for the sum
         self._stale: set[torch.Tensor] = set()
+        self._empty: set[torch.Tensor] = set()
         self._hooks = []
         for bucket in self._buckets:
             for param, view in zip(bucket.params, bucket.views(), strict=True):
@@ -64,6 +86,14 @@ class GradientReducer:
                 hook = self._hook(bucket, view)
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
         self.zero()
+
+    def claim(self, param: torch.nn.Parameter) -> torch.Tensor | None:
+        """The place of a main gradient that has no numbers of this step yet; None: it has."""
+        if param not in self._empty:
+            return None
+        self._empty.discard(param)
+        self._stale.discard(param)
+        return self._main[param]
 
     def main_gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
         """The fp32 gradient of `param`, in its shape (a view of the bucket)."""
@@ -79,6 +109,7 @@ class GradientReducer:
             for param in bucket.params:
                 # masters accumulate straight into the bucket; others are added by the hook
                 main = self._main[param]
+                self._empty.add(param)
                 if param.dtype == main.dtype:
                     param.grad = main.zero_()
                 else:
@@ -133,6 +164,8 @@ class GradientReducer:
     def _take(self, param: torch.Tensor, main: torch.Tensor) -> None:
         """Move what a backward left in `.grad` to the main gradient."""
         grad = param.grad
+        if grad is not None:
+            self._empty.discard(param)
         if grad is None or grad.data_ptr() == main.data_ptr():
             return
         if param in self._stale:

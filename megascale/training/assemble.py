@@ -60,6 +60,7 @@ from megascale.training.datasets import (
     resolve_vocab_size,
 )
 from megascale.training.hardware import peak_flops
+from megascale.training.host import prepare_host
 from megascale.training.initial_weights import load_initial_weights, open_initial_weights
 from megascale.training.output import open_output, run_manager
 from megascale.training.resume import load_state, require_same_data
@@ -120,6 +121,8 @@ def _assemble(
     console: Console | None,
 ) -> Run:
     """The rest of `assemble`, with the run's folder locked."""
+    for note in prepare_host(config.performance, device):
+        say(note)
     reader = _find_checkpoint(manager, resume, say)
     task = build_task(config)
     data = task.open_data(corpora)
@@ -168,6 +171,7 @@ def assemble_step(
         wrap: put around the engine, to observe it.
         weights_of: a config whose seed draws the initial weights instead.
     """
+    prepare_host(config.performance, device)
     mesh = mesh_of(config, device)
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)

@@ -1,0 +1,239 @@
+// Passes of a training step that torch makes with one kernel, and one temporary, for each operation.
+//
+// Every function is one pass over rows of bf16 or fp32 values that computes in fp32. No header of
+// torch is needed: Python hands over addresses (library.py). Loops are plain so that the compiler
+// vectorises them; threads are those of torch, whose OpenMP runtime the loader finds.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline float widen(bf16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+
+inline void put(float& place, float value) { place = value; }
+
+// Round to nearest even. NaN stays NaN: those that arithmetic makes, or that were bf16 before, have
+// no low bits that could carry over into the sign.
+inline void put(bf16& place, float value) {
+  const uint32_t bits = float_to_bits(value);
+  place.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// e^x to 2 ulp; 0 below -87.6, where the power's exponent becomes that of zero, and at most e^88.
+inline float exponential(float x) {
+  const float bounded = x < -88.0f ? -88.0f : (x > 88.0f ? 88.0f : x);
+  const float whole = std::nearbyint(bounded * 1.44269504089f);
+  const float rest = (bounded - whole * 0.693145751953125f) - whole * 1.42860682030941723e-6f;
+  float sum = 1.9875691500e-4f;
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  return sum * bits_to_float(uint32_t(int32_t(whole) + 127) << 23);
+}
+
+// The normal distribution's function and density; erfc as in Abramowitz and Stegun, 7.1.26.
+inline float normal_cdf(float x) {
+  const float size = std::fabs(x) * 0.70710678118654752f;
+  const float t = 1.0f / (1.0f + 0.3275911f * size);
+  float sum = 1.061405429f;
+  sum = sum * t - 1.453152027f;
+  sum = sum * t + 1.421413741f;
+  sum = sum * t - 0.284496736f;
+  sum = sum * t + 0.254829592f;
+  const float tail = 0.5f * sum * t * exponential(-size * size);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+inline float normal_density(float x) { return 0.3989422804014327f * exponential(-0.5f * x * x); }
+
+struct Erf {
+  static inline float value(float x) { return x * normal_cdf(x); }
+  static inline float slope(float x) { return normal_cdf(x) + x * normal_density(x); }
+};
+
+struct Tanh {
+  // x * sigmoid(2 u) is 0.5 x (1 + tanh(u)), with u the polynomial
+  static constexpr float a = 1.5957691216057308f, b = 0.044715f;
+  static inline float gate(float x) { return 1.0f / (1.0f + exponential(-a * (x + b * x * x * x))); }
+  static inline float value(float x) { return x * gate(x); }
+  static inline float slope(float x) {
+    const float s = gate(x);
+    return s + x * s * (1.0f - s) * a * (1.0f + 3.0f * b * x * x);
+  }
+};
+
+template <typename T>
+inline float largest(const T* row, int64_t n) {
+  float most = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = widen(row[i]);
+    most = value > most ? value : most;
+  }
+  return most;
+}
+
+// ---- the head: logits -> probabilities, with what the loss needs
+
+constexpr int64_t WORDS = 1024;
+
+template <typename T>
+void probabilities(T* logits, int64_t rows, int64_t n, const int64_t* labels, float* terms) {
+  float *log_z = terms, *target = terms + rows, *total = terms + 2 * rows;
+#pragma omp parallel if (rows > 1)
+  {
+    std::vector<float> kept(n);
+    float* power = kept.data();
+#pragma omp for
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = logits + r * n;
+      target[r] = widen(row[labels[r]]);
+      const float most = largest(row, n);
+      double sum = 0.0, plain = 0.0;  // of pieces: fp32 loses digits over a large vocabulary
+      for (int64_t begin = 0; begin < n; begin += WORDS) {
+        const int64_t end = begin + WORDS < n ? begin + WORDS : n;
+        float some = 0.0f, some_plain = 0.0f;
+#pragma omp simd reduction(+ : some, some_plain)
+        for (int64_t i = begin; i < end; ++i) {
+          const float value = widen(row[i]);
+          const float e = exponential(value - most);
+          power[i] = e;
+          some += e;
+          some_plain += value;
+        }
+        sum += some;
+        plain += some_plain;
+      }
+      log_z[r] = most + float(std::log(sum));
+      total[r] = float(plain);
+      const float factor = float(1.0 / sum);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) put(row[i], power[i] * factor);
+    }
+  }
+}
+
+// ---- attention: of row r the columns [first[r % period], last[r % period]) are seen
+
+template <typename T>
+void attend(T* scores, int64_t rows, int64_t n, const int32_t* first, const int32_t* last,
+            int64_t period, float scale) {
+#pragma omp parallel if (rows > 64)
+  {
+    std::vector<float> kept(n);
+    float* power = kept.data();
+#pragma omp for
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = scores + r * n;
+      const int64_t from = first[r % period], to = last[r % period];
+      const float most = largest(row + from, to - from);
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = from; i < to; ++i) {
+        const float e = exponential((widen(row[i]) - most) * scale);
+        power[i] = e;
+        sum += e;
+      }
+      const float factor = 1.0f / sum;
+      for (int64_t i = 0; i < from; ++i) put(row[i], 0.0f);
+#pragma omp simd
+      for (int64_t i = from; i < to; ++i) put(row[i], power[i] * factor);
+      for (int64_t i = to; i < n; ++i) put(row[i], 0.0f);
+    }
+  }
+}
+
+// grad <- scale * p * (grad - sum(grad * p)); zero where nothing was seen
+template <typename T>
+void attend_backward(T* grad, const T* weights, int64_t rows, int64_t n, const int32_t* first,
+                     const int32_t* last, int64_t period, float scale) {
+#pragma omp parallel for if (rows > 64)
+  for (int64_t r = 0; r < rows; ++r) {
+    T* g = grad + r * n;
+    const T* p = weights + r * n;
+    const int64_t from = first[r % period], to = last[r % period];
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = from; i < to; ++i) sum += widen(g[i]) * widen(p[i]);
+    for (int64_t i = 0; i < from; ++i) put(g[i], 0.0f);
+#pragma omp simd
+    for (int64_t i = from; i < to; ++i) put(g[i], scale * widen(p[i]) * (widen(g[i]) - sum));
+    for (int64_t i = to; i < n; ++i) put(g[i], 0.0f);
+  }
+}
+
+// ---- GELU
+
+constexpr int64_t PIECE = 1 << 14;
+
+template <typename F, typename T>
+void gelu(const T* x, T* out, int64_t n) {
+#pragma omp parallel for if (n > PIECE)
+  for (int64_t begin = 0; begin < n; begin += PIECE) {
+    const int64_t end = begin + PIECE < n ? begin + PIECE : n;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) put(out[i], F::value(widen(x[i])));
+  }
+}
+
+template <typename F, typename T>
+void gelu_backward(const T* x, const T* grad, T* out, int64_t n) {
+#pragma omp parallel for if (n > PIECE)
+  for (int64_t begin = 0; begin < n; begin += PIECE) {
+    const int64_t end = begin + PIECE < n ? begin + PIECE : n;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) put(out[i], widen(grad[i]) * F::slope(widen(x[i])));
+  }
+}
+
+}  // namespace
+
+#define FOR_TYPE(NAME, T)                                                                         \
+  extern "C" void probabilities_##NAME(T* logits, int64_t rows, int64_t n, const int64_t* labels, \
+                                       float* terms) {                                            \
+    probabilities(logits, rows, n, labels, terms);                                                \
+  }                                                                                               \
+  extern "C" void attend_##NAME(T* scores, int64_t rows, int64_t n, const int32_t* first,         \
+                                const int32_t* last, int64_t period, float scale) {               \
+    attend(scores, rows, n, first, last, period, scale);                                          \
+  }                                                                                               \
+  extern "C" void attend_backward_##NAME(T* grad, const T* weights, int64_t rows, int64_t n,      \
+                                         const int32_t* first, const int32_t* last,               \
+                                         int64_t period, float scale) {                           \
+    attend_backward(grad, weights, rows, n, first, last, period, scale);                          \
+  }                                                                                               \
+  extern "C" void gelu_##NAME(const T* x, T* out, int64_t n) { gelu<Erf>(x, out, n); }            \
+  extern "C" void gelu_tanh_##NAME(const T* x, T* out, int64_t n) { gelu<Tanh>(x, out, n); }      \
+  extern "C" void gelu_backward_##NAME(const T* x, const T* grad, T* out, int64_t n) {            \
+    gelu_backward<Erf>(x, grad, out, n);                                                          \
+  }                                                                                               \
+  extern "C" void gelu_tanh_backward_##NAME(const T* x, const T* grad, T* out, int64_t n) {       \
+    gelu_backward<Tanh>(x, grad, out, n);                                                         \
+  }
+
+FOR_TYPE(float32, float)
+FOR_TYPE(bfloat16, bf16)
