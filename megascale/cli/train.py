@@ -28,12 +28,14 @@ def train(
 ) -> None:
     """Pretrain a model; also under torchrun or the deepspeed launcher."""
     # torch costs seconds: what can be refused is refused before it is imported
+    from megascale.engine.capabilities import choose_engine
     from megascale.launcher.environment import world_size_of
 
     checked = load_config(
         config, overrides or (), checks=all_checks(), world_size=world_size_of(nproc)
     )
-    if launch_ranks(nproc, Path(checked.run.output_dir) / "logs"):
+    logs = Path(checked.run.output_dir) / "logs"
+    if launch_ranks(nproc, logs, checked.run.device, choose_engine(checked)):
         return
     _train(checked, resume)
 
