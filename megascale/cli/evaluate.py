@@ -44,7 +44,7 @@ def evaluate(
     # refused here, before ranks start and the folder of their logs is made
     read_manifest(Storage(checkpoint))
     with tempfile.TemporaryDirectory(prefix="megascale-evaluate-") as logs:
-        if launch_ranks(nproc, Path(logs)):
+        if launch_ranks(nproc, Path(logs), device):
             return
     with distributed_process(device) as place:
         from megascale.training.held_out import evaluate_checkpoint

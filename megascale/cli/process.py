@@ -17,14 +17,18 @@ import typer
 
 from megascale.launcher.environment import ProcessInfo, is_launched
 from megascale.launcher.failure import describe, launcher_speaks, leave_mark, leave_note
+from megascale.launcher.forked import Entry, preload
 from megascale.launcher.local import launch_local
 
 if TYPE_CHECKING:
     import torch
 
 
-def launch_ranks(nproc: int | None, log_dir: Path) -> bool:
+def launch_ranks(nproc: int | None, log_dir: Path, device: str, engine: str = "torch") -> bool:
     """With --nproc N > 1, run this very command line on N ranks; returns whether it did so.
+
+    Args:
+        device, engine: of the ranks: what they need is imported once, here.
 
     Raises:
         UserError: --nproc inside a process that some launcher started.
@@ -34,10 +38,21 @@ def launch_ranks(nproc: int | None, log_dir: Path) -> bool:
         return False
     if is_launched():
         return False
-    code = launch_local(_without_nproc(sys.argv[1:]), nproc, log_dir)
+    entry = entry_of_ranks(device, engine)
+    code = launch_local(_without_nproc(sys.argv[1:]), nproc, log_dir, entry)
     if code:
         raise typer.Exit(code)
     return True
+
+
+def entry_of_ranks(device: str, engine: str) -> Entry | None:
+    """What `launch_local` forks ranks into, with their modules imported; None: it cannot."""
+    from megascale.cli.main import main
+
+    modules = ["megascale.training.assemble"]
+    if engine == "deepspeed":
+        modules.append("megascale.engine.deepspeed_engine")
+    return main if preload(modules, on_gpu=engine == "deepspeed" and device != "cpu") else None
 
 
 @contextmanager

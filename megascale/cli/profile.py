@@ -34,13 +34,14 @@ def profile(
     Below run.output_dir/profile: a Chrome trace of each rank (chrome://tracing, ui.perfetto.dev)
     and rank 0's numbers as profile.json.
     """
+    from megascale.engine.capabilities import choose_engine
     from megascale.launcher.environment import world_size_of
 
     checked = load_config(
         config, overrides or (), checks=all_checks(), world_size=world_size_of(nproc)
     )
     folder = Path(checked.run.output_dir) / FOLDER
-    if launch_ranks(nproc, folder / "logs"):
+    if launch_ranks(nproc, folder / "logs", checked.run.device, choose_engine(checked)):
         return
     with distributed_process(checked.run.device, checked.parallel.collective_timeout_s) as device:
         _run(checked, device, steps, folder)

@@ -28,6 +28,7 @@ def train(
 ) -> None:
     """Pretrain a model; also under torchrun or the deepspeed launcher."""
     # torch costs seconds: what can be refused is refused before it is imported
+    from megascale.engine.capabilities import choose_engine
     from megascale.launcher.attempt import check_folder_is_seen
     from megascale.launcher.environment import world_size_of
 
@@ -35,7 +36,8 @@ def train(
     checked = load_config(
         config, overrides or (), checks=all_checks(), world_size=world_size_of(nproc)
     )
-    if launch_ranks(nproc, Path(checked.run.output_dir) / "logs"):
+    logs = Path(checked.run.output_dir) / "logs"
+    if launch_ranks(nproc, logs, checked.run.device, choose_engine(checked)):
         return
     _train(checked, resume)
 

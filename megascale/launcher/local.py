@@ -1,4 +1,4 @@
-"""`--nproc N`: N processes on this machine, without torch in the parent and without a port race."""
+"""`--nproc N`: N processes on this machine, without a port race."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from megascale.errors import UserError
 from megascale.launcher.environment import FAILURE_DIR, LISTEN_FD
 from megascale.launcher.failure import Failure, blamed, clear_notes, has_mark, read_notes
+from megascale.launcher.forked import Entry, ForkedRank, Rank
 
 _POLL_S = 0.05
 _GRACE_S = 10.0  # from a signal to the next, stronger one
@@ -30,11 +30,17 @@ _STACK_S = 0.5  # for a silent rank to write where it is
 _TAIL_LINES = 60
 
 
-def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
+def launch_local(
+    arguments: Sequence[str], nproc: int, log_dir: Path, entry: Entry | None = None
+) -> int:
     """Run `python -m megascale ARGUMENTS` on `nproc` ranks; returns the exit code of the run.
 
     Rank 0 writes to this terminal, the others to `log_dir`/rank_XXXXX.log. The first rank that
     fails ends the others within seconds, and its error is printed (rank 0 has printed its own).
+
+    Args:
+        entry: what `python -m megascale` calls: the ranks are forked from this process and call
+            it, too. None: they are programs of their own.
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -48,7 +54,7 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
-        ranks = [_start(arguments, rank, nproc, listener, log_dir) for rank in range(nproc)]
+        ranks = [_start(arguments, rank, nproc, listener, log_dir, entry) for rank in range(nproc)]
     try:
         with _passed_on(ranks):
             failed = _wait(ranks, log_dir)
@@ -61,8 +67,13 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
 
 
 def _start(
-    arguments: Sequence[str], rank: int, nproc: int, listener: socket.socket, log_dir: Path
-) -> subprocess.Popen[bytes]:
+    arguments: Sequence[str],
+    rank: int,
+    nproc: int,
+    listener: socket.socket,
+    log_dir: Path,
+    entry: Entry | None,
+) -> Rank:
     port = listener.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // nproc)
     environment = {
@@ -77,22 +88,21 @@ def _start(
         LISTEN_FD: str(listener.fileno()),
         FAILURE_DIR: str(log_dir.resolve()),
     }
-    output: IO[bytes] | None = None
-    if rank:
-        output = open(log_dir / f"rank_{rank:05d}.log", "wb")  # noqa: SIM115 (the child's)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megascale", *arguments],
-        env=environment,
-        stdout=output,
-        stderr=subprocess.STDOUT if rank else None,
-        pass_fds=(listener.fileno(),) if rank == 0 else (),
-    )
-    if output is not None:
-        output.close()
-    return process
+    log = log_dir / f"rank_{rank:05d}.log" if rank else None
+    if entry is not None:
+        closes = (listener.fileno(),) if rank else ()
+        return ForkedRank(entry, arguments, environment, log, closes)
+    with ExitStack() as stack:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megascale", *arguments],
+            env=environment,
+            stdout=stack.enter_context(open(log, "wb")) if log is not None else None,
+            stderr=subprocess.STDOUT if rank else None,
+            pass_fds=() if rank else (listener.fileno(),),
+        )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> bool:
+def _wait(ranks: Sequence[Rank], log_dir: Path) -> bool:
     """Wait for all ranks; returns at once when one has failed, and whether one has.
 
     A rank that left a note of its failure but does not end counts after some seconds, and so does
@@ -118,7 +128,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> bool:
         time.sleep(_POLL_S)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
+def _end(ranks: Sequence[Rank], log_dir: Path) -> int:
     """End what still runs and tell which rank failed first; returns the exit code of the run."""
     deadline = time.monotonic() + _CAUSE_S
     codes, notes, first = _who_failed(ranks, log_dir)
@@ -143,7 +153,7 @@ def _end(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
 
 
 def _who_failed(
-    ranks: list[subprocess.Popen[bytes]], log_dir: Path
+    ranks: Sequence[Rank], log_dir: Path
 ) -> tuple[list[int | None], dict[int, Failure], int]:
     codes = [process.poll() for process in ranks]
     notes = read_notes(log_dir, len(ranks))
@@ -183,7 +193,7 @@ def _tell(
 
 
 @contextmanager
-def _passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _passed_on(ranks: Sequence[Rank]) -> Iterator[None]:
     """Give SIGTERM and SIGUSR1, which ask a run to save, to every rank."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -202,7 +212,7 @@ def _passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]], how: int, grace_s: float = _GRACE_S) -> None:
+def _stop(ranks: Sequence[Rank], how: int, grace_s: float = _GRACE_S) -> None:
     deadline = time.monotonic() + grace_s
     for process in ranks:
         if process.poll() is None:
