@@ -78,6 +78,8 @@ _NODE_LOST = re.compile(
     re.I,
 )
 _KILLED = re.compile(r"tasks? [\d,-]+: (Killed|Terminated)|signal (9|15)\b|SIGKILL", re.I)
+_FIRST_END = re.compile(r"^srun: error: \S+ tasks? [\d,-]+: (Killed|Terminated|Exited).*", re.M)
+"""What srun says of the ranks that ended first; it ends the others itself, at last by SIGKILL."""
 _REFUSED = re.compile(r"tasks? [\d,-]+: Exited with exit code 2$", re.I | re.M)
 _FIRST_ERROR = re.compile(r"^(\s*\d+: )?error: ", re.M)
 _SILENT = re.compile(r"timed? ?out|timeout", re.I)
@@ -137,6 +139,9 @@ def classify(
         return End("preempted", "Slurm ended it to start it again, before it had saved")
     if not alive:
         return End("cancelled", f"it was {state.lower()} before it had saved")
+    ended = _FIRST_END.search(log)
+    if ended and ended.group(1) == "Killed":
+        return End("killed", ended.group())
     lost = sorted(notes.values(), key=lambda n: n.time_s)
     if lost:
         first = lost[0]

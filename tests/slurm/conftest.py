@@ -205,6 +205,17 @@ class TestBed:
             assert state["JobState"] == "COMPLETED", self.log(name)
         return state
 
+    @contextmanager
+    def debian_hosts(self, node: str) -> Iterator[None]:
+        """Meanwhile a node's own name is a loopback address on it, as Debian's installer does."""
+        hosts = self.folder / "hosts"
+        hosts.write_text(f"127.0.1.1 {node}\n" + (self.cluster.folder / "hosts").read_text())
+        self.cluster.run("mount", "--bind", hosts, "/etc/hosts", node=node)
+        try:
+            yield
+        finally:
+            self.cluster.run("umount", "/etc/hosts", node=node)
+
     def at_step(self, name: str, step: int, timeout_s: float = 240) -> None:
         """Wait until a run has done a step."""
         path = self.output(name) / "metrics.jsonl"

@@ -63,10 +63,21 @@ def test_a_dry_run_prints_the_script_and_queues_nothing(bed: TestBed) -> None:
 
 
 def test_a_controller_that_comes_back_is_waited_for(bed: TestBed, undisturbed: Numbers) -> None:
-    """squeue gives up after 4 s, and lists no job then."""
+    """squeue gives up after 4 s, and lists no job then; what is submitted is queued once."""
+    all_nodes = ("-N", len(bed.cluster.nodes), "--exclusive")
+    bed.cluster.run("sbatch", *all_nodes, "-o", "/dev/null", "--wrap", "sleep 60")
     bed.cluster.stop_controller()
     bed.cluster.run("sh", "-c", "(sleep 7; slurmctld -f $SLURM_CONF) >/dev/null 2>&1 &")
-    assert "  undisturbed  " in bed.megascale("jobs", "status")
+    jobs = [["jobs", *words] for words in (["status"], ["why", "once"], ["stop", "once"])]
+    (code, text), (_, status), (_, why), (_, stop) = bed.many(
+        [["submit", bed.config("once"), "--nodes", 2], *jobs]
+    )
+    assert code == 0
+    assert text.count("submitted job") == 1
+    assert "  undisturbed  completed" in status
+    assert status.count("  once  pending") == 1
+    assert "it waits for" in why
+    assert "cancelled what waited" in stop
 
 
 def test_a_spare_machine_replaces_one_that_does_not_answer(bed: TestBed) -> None:
@@ -90,6 +101,9 @@ def test_a_machine_with_another_version_is_left_out_of_the_next_attempt(bed: Tes
     assert first.end is not None
     assert "node2: rank 1 has numpy 0.1" in first.end.text
     assert second.begin.nodes == "node[1,3-4]"
+    four = {**changes, "train__global_batch_size": 8}
+    ((code, told),) = bed.many([["submit", bed.config("odd", **four), "--nodes", 4]])
+    assert (code, "it has 3 nodes beside bad ones (node2)" in told) == (2, True), told
 
 
 def test_the_doctor_looks_at_the_cluster(bed: TestBed) -> None:
@@ -105,12 +119,12 @@ def test_the_deepspeed_launcher_on_the_cluster(bed: TestBed, undisturbed: Number
     """Its SlurmRunner sets neither ranks nor address: both come from the step."""
     program = bed.folder / "program.py"
     program.write_text("from megascale.cli.main import main\n\nmain()\n")
-    (bed.folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    (bed.folder / "slots").write_text("node1 slots=1\nnode2 slots=1\n")
     script = bed.folder / "deepspeed.sbatch"
     deepspeed = Path(sys.executable).with_name("deepspeed")
     script.write_text(
         "#!/bin/bash\n"
-        f"{deepspeed} --launcher slurm --hostfile {bed.folder}/hosts --no_ssh_check "
+        f"{deepspeed} --launcher slurm --hostfile {bed.folder}/slots --no_ssh_check "
         f"--master_addr node1 {program} train {bed.config('deepspeed')}\n"
     )
     log = bed.folder / "deepspeed.log"

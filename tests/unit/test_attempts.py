@@ -48,6 +48,15 @@ def _stopped(reason: str) -> dict[str, object]:
         (1, None, "", [LOST], "", "node failure"),
         (1, None, "", [SILENT], "", "hang"),
         (137, None, "", [LOST], "slurmstepd: error: Detected 1 oom-kill event(s)", "out of memory"),
+        (137, None, "", [LOST], "srun: error: b: task 1: Killed", "killed"),
+        (
+            1,
+            None,
+            "",
+            [SILENT],
+            "srun: error: a: task 0: Exited with exit code 1\nsrun: error: b: task 1: Killed",
+            "hang",
+        ),  # srun killed the rank that was silent
         (1, None, "", [], "srun: error: Node failure on node2", "node failure"),
         (137, None, "", [], "srun: error: node1: task 1: Killed", "killed"),
         (143, None, "", [], "srun: error: node1: task 0: Terminated", "killed"),  # in its start-up

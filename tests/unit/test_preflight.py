@@ -16,6 +16,7 @@ from megascale.launcher.bad_nodes import (
     nodes_to_exclude,
     read_bad_nodes,
 )
+from megascale.launcher.ends import KINDS
 from megascale.launcher.preflight import Facts, compare, crossing_groups, gather_facts, stale_locks
 
 WELL = Facts(0, "a1", {"torch": "2.13"}, ("H100",), {"/tmp": 1 << 40}, 1 << 36, 100.0, "10.0.0.1")
@@ -137,17 +138,38 @@ def test_slurm_is_not_asked_for_what_it_can_never_give(tmp_path: Path) -> None:
 
 
 def test_the_choose_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Four machines for two: one does not answer, one is slow."""
+    """Four machines for two: one does not answer, one is slow. They know their domain."""
     folder = tmp_path / "attempts" / "0001"
     folder.mkdir(parents=True)
     write_json(folder / "begin.json", asdict(attempt.Begin("s", "7", 0, "a1,a2,a3,a4", -1, "", 0)))
     (folder / "machines").mkdir()
     for name, seconds in (("a1", 1.0), ("a2", 4.0), ("a4", 1.0), ("a5", 1.0)):
-        facts = replace(WELL, host=name, product_s=seconds)
-        write_json(folder / "machines" / f"{name}.json", asdict(facts))
+        facts = replace(WELL, host=f"{name}.lab", product_s=seconds)
+        write_json(folder / "machines" / f"{name}.lab.json", asdict(facts))
     assert attempt.main(["choose", str(folder), "--nodes", "2"]) == 0
     out, error = capsys.readouterr()
     assert "use_nodes=a1,a4" in out
     assert "export MASTER_ADDR=a1" in out
     assert "a3: did not answer" in error
     assert read_bad_nodes(tmp_path) == ["a3", "a2"]
+
+
+def test_the_exclude_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints is left out; where too few machines remain, the run ends and says why."""
+    names = [{"name": name} for name in ("a1", "a2", "a3")]
+    monkeypatch.setattr(attempt.Slurm, "nodes", lambda self, partition: names)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    command = ["exclude", str(tmp_path), "--nodes", "2"]
+    assert attempt.main(command) == 0
+    assert capsys.readouterr().out == ""
+    add_bad_nodes(tmp_path, ["a2"])
+    assert attempt.main(command) == 0
+    assert capsys.readouterr().out == "a2\n"
+    attempt.begin(tmp_path, attempt.Begin("s", "7", 0, "a1,a2", -1, "", 0), 5)
+    add_bad_nodes(tmp_path, ["a3"])
+    assert attempt.main(command) == KINDS["bad node"].code
+    (last,) = attempt.attempts(tmp_path)
+    assert last.end is not None
+    assert last.end.text.startswith("3 machines without a2, a3 are too few")
