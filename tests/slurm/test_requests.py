@@ -65,7 +65,7 @@ def test_a_dry_run_prints_the_script_and_queues_nothing(bed: TestBed) -> None:
 def test_a_controller_that_comes_back_is_waited_for(bed: TestBed, undisturbed: Numbers) -> None:
     """squeue gives up after 4 s, and lists no job then; what is submitted is queued once."""
     all_nodes = ("-N", len(bed.cluster.nodes), "--exclusive")
-    bed.cluster.run("sbatch", *all_nodes, "-o", "/dev/null", "--wrap", "sleep 60")
+    bed.cluster.run("sbatch", *all_nodes, "-o", "/dev/null", "--wrap", "sleep 600")
     bed.cluster.stop_controller()
     bed.cluster.run("sh", "-c", "(sleep 7; slurmctld -f $SLURM_CONF) >/dev/null 2>&1 &")
     jobs = [["jobs", *words] for words in (["status"], ["why", "once"], ["stop", "once"])]
