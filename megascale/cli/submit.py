@@ -20,6 +20,7 @@ from megascale.launcher.slurm_client import Slurm
 from megascale.launcher.submission import (
     Request,
     chain_options,
+    check_container,
     check_layout,
     check_name_is_free,
     check_paths,
@@ -132,6 +133,8 @@ def _check_cluster(request: Request, job: BatchJob, needed: bool) -> None:
         return
     slurm = Slurm()
     check_request(request, slurm)
+    if job.container:
+        check_container(slurm)
     check_name_is_free(job.name, job.run, slurm.jobs())
 
 

@@ -104,6 +104,20 @@ def check_request(request: Request, slurm: Slurm) -> None:
     _check_time(request, partition, limits)
 
 
+def check_container(slurm: Slurm) -> None:
+    """Refuse an image where srun cannot start tasks in one.
+
+    Raises:
+        UserError: it has no option for it.
+    """
+    if "--container-image" not in slurm.call("srun", "--help"):
+        raise UserError(
+            "--container on a cluster whose srun knows no --container-image",
+            rule="tasks start in an image by the plugin pyxis",
+            remedy="leave --container out, or use Apptainer as docs/launch.md says",
+        )
+
+
 def _partition(request: Request, slurm: Slurm) -> tuple[str, Mapping[str, str]]:
     partitions = slurm.partitions()
     default = next((n for n, limits in partitions.items() if limits.get("Default") == "YES"), None)

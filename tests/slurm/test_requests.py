@@ -25,6 +25,8 @@ REFUSED: list[tuple[tuple[object, ...], dict[str, object], str]] = [
     (("--nodes", 3), {}, "data_parallel_size"),
     (("--nodes", 2), {"data__path": "/nowhere/data"}, "no dataset /nowhere/data"),
     (("--nodes", 2), {"run__output_dir": "/proc/run"}, "/proc/run"),
+    (("--nodes", 2, "--container", "image.sqsh"), {}, "pyxis"),
+    (("--nodes", 2, "--constraint", "h100"), {}, "Invalid feature specification"),
 ]
 
 

@@ -19,6 +19,7 @@ from megascale.launcher.batch_script import BatchJob, render
 from megascale.launcher.slurm_client import Job, Slurm, outside_of_jobs
 from megascale.launcher.submission import (
     Request,
+    check_container,
     check_layout,
     check_name_is_free,
     check_paths,
@@ -255,6 +256,16 @@ def test_two_submissions_at_once(tmp_path: Path) -> None:
         submission_lock("mine", tmp_path)
     lock.release()
     submission_lock("mine", tmp_path).release()
+
+
+def test_a_container_needs_pyxis(slurm: Slurm, tmp_path: Path) -> None:
+    help_ = tmp_path / "srun"
+    help_.write_text("#!/bin/sh\necho '  --container=path  OCI bundle'\n")
+    help_.chmod(0o755)
+    with pytest.raises(UserError, match="knows no --container-image"):
+        check_container(slurm)
+    help_.write_text("#!/bin/sh\necho '  --container-image=[USER@]IMAGE  [pyxis] the image'\n")
+    check_container(slurm)
 
 
 def test_a_container_sees_what_the_run_reads_and_writes(tmp_path: Path) -> None:
