@@ -54,6 +54,44 @@ class Piece(_Strict):
     numel: int = Field(ge=1)
 
 
+class _Open(BaseModel):
+    """What more there is in it is let through."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Position(_Strict):
+    step: _Size
+    updates: _Size
+    samples_seen: _Size
+    tokens_seen: _Size
+
+
+class _Stage(_Open):
+    from_sample: _Size
+    sources: list[Annotated[list[str | int | float], Field(min_length=2, max_length=2)]]
+
+
+class _Data(_Open):
+    stages: list[_Stage]
+    paths: dict[str, str]
+    order: dict[str, Any]
+
+
+class _State(_Open):
+    """Those values of `state` on whose types readers rely."""
+
+    train: _Position = _Position(step=0, updates=0, samples_seen=0, tokens_seen=0)
+    engine: dict[str, int | float] = Field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    data: _Data | None = None
+    updates: _Size = 0
+
+
+class _Known(_Open):
+    state: _State
+
+
 class Manifest(_Strict):
     """Everything that a reader needs beside the tensor files."""
 
@@ -162,11 +200,13 @@ def _parse(raw: bytes, where: str) -> Manifest:
     if recorded != _checksum(content):
         raise _damaged(where, "its own checksum does not fit: its bytes changed")
     try:
-        return Manifest.model_validate_json(json.dumps(content))
+        manifest = Manifest.model_validate_json(json.dumps(content))
+        _Known.model_validate({"state": manifest.state})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(str(part) for part in first["loc"]) or "the file"
         raise _damaged(where, f"{at}: {first['msg']}") from error
+    return manifest
 
 
 def _checksum(content: dict[str, Any]) -> str:

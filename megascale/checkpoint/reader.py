@@ -186,7 +186,7 @@ class CheckpointReader:
             if missing or self.storage.is_link(path):
                 raise self._not_a_file(path, "is missing" if missing else "is a link")
             try:
-                stream = self.storage.open_read(path)
+                stream = self.storage.open_ranges(path)
             except FileNotFoundError as error:
                 raise self._not_a_file(path, "was removed meanwhile") from error
             name = self.storage.path(path)
@@ -214,10 +214,8 @@ class CheckpointReader:
         into, source, lengths = _overlaps(wanted, held)
         file = self._file(piece.file)
         key = tensor_key(fragment.kind, fragment.name)
-        for begin, at, length in zip(into, source, lengths, strict=True):
-            into_part = fragment.tensor[int(begin) : int(begin) + int(length)]
-            file.read_into(key, int(at), into_part)
-            self.bytes_read += into_part.numel() * file.dtype(key).itemsize
+        runs = list(zip(into.tolist(), source.tolist(), lengths.tolist(), strict=True))
+        self.bytes_read += file.read_runs(key, runs, fragment.tensor)
         return int(lengths.sum())
 
 

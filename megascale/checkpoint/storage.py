@@ -133,6 +133,46 @@ def _file_system(path: str) -> str:
     return ""
 
 
+class RangeReader:
+    """A remote file of which just those bytes are fetched that are asked for.
+
+    The files that fsspec opens read ahead: a rank that needs a slice of each tensor would fetch all
+    that lies between.
+    """
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs, self._path, self._at = fs, path, 0
+
+    def seek(self, position: int) -> int:
+        """Continue at `position`, bytes from the begin."""
+        self._at = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end of the file."""
+        data = self.read_many([(self._at, self._at + size)])[0] if size else b""
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: memoryview[int]) -> int:
+        """Fill `buffer` with what comes next; returns how much that was."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read_many(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several spans [begin, end), in requests that do not wait for each other."""
+        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+        found = self._fs.cat_ranges([self._path] * len(spans), begins, ends, on_error="return")
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return found
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class Storage:
     """A folder reached through fsspec: local path, or any URL that fsspec knows.
 
@@ -222,6 +262,12 @@ class Storage:
     def open_read(self, *parts: str) -> IO[bytes]:
         """Open a file for reading; the caller closes it."""
         return self.fs.open(self.path(*parts), "rb")
+
+    def open_ranges(self, *parts: str) -> IO[bytes] | RangeReader:
+        """Open a file for reads here and there: of a remote one nothing beside them is fetched."""
+        if self.is_local:
+            return self.open_read(*parts)
+        return RangeReader(self.fs, self.path(*parts))
 
     def is_of_one_machine(self) -> bool:
         """Whether the folder, which is there, lies on a disk or in memory of this machine alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from megascale.checkpoint.manifest import unique_keys
+from megascale.checkpoint.storage import RangeReader
 from megascale.errors import UserError
 
 _DTYPES = {
@@ -144,7 +145,7 @@ class TensorFile:
         UserError: the header does not describe this file.
     """
 
-    def __init__(self, stream: IO[bytes], name: str, size: int) -> None:
+    def __init__(self, stream: IO[bytes] | RangeReader, name: str, size: int) -> None:
         self._stream = stream
         self._name = name
         try:
@@ -186,6 +187,44 @@ class TensorFile:
         self._read_into(out, entry.begin + start * out.element_size(), key)
         return out
 
+    def read_runs(self, key: str, runs: Sequence[tuple[int, int, int]], out: torch.Tensor) -> None:
+        """Read several ranges of the flattened `key` into 1-D `out`.
+
+        Args:
+            runs: (first element in `out`, first element in the tensor, number of elements),
+                ascending, without overlaps.
+        """
+        if not isinstance(self._stream, RangeReader):
+            for into, start, numel in runs:
+                self.read_into(key, start, out[into : into + numel])
+            return sum(numel for _, _, numel in runs) * self.dtype(key).itemsize
+        batches = _batches(runs, _CHUNK // self.dtype(key).itemsize)
+        return sum(self._fetch_runs(self._stream, key, batch, out) for batch in batches)
+
+    def _fetch_runs(
+        self,
+        stream: RangeReader,
+        key: str,
+        runs: Sequence[tuple[int, int, int]],
+        out: torch.Tensor,
+    ) -> int:
+        """Those of one batch; returns the bytes fetched for them."""
+        entry = self._entry(key)
+        size = entry.dtype.itemsize
+        spans = _spans([(start, start + numel) for _, start, numel in runs])
+        if spans[0][0] < 0 or spans[-1][1] > entry.numel:
+            self.read(key, spans[0][0], spans[-1][1] - spans[0][0])  # raises
+        places = [(entry.begin + begin * size, entry.begin + end * size) for begin, end in spans]
+        rest = list(reversed(runs))
+        for (begin, end), data in zip(spans, stream.read_many(places), strict=True):
+            if len(data) != (end - begin) * size:
+                raise self._truncated(key)
+            span = torch.frombuffer(bytearray(data), dtype=entry.dtype)
+            while rest and rest[-1][1] < end:
+                into, start, numel = rest.pop()
+                out[into : into + numel].copy_(span[start - begin : start - begin + numel])
+        return sum(end - begin for begin, end in places)
+
     def read_into(self, key: str, start: int, out: torch.Tensor) -> None:
         """Read elements [start, start + out.numel()) of the flattened `key` into 1-D `out`.
 
@@ -208,14 +247,17 @@ class TensorFile:
         self._stream.seek(position)
         filled = 0
         while filled < len(buffer):
-            got = self._stream.readinto(buffer[filled : filled + _CHUNK])  # type: ignore[attr-defined]
+            got = self._stream.readinto(buffer[filled : filled + _CHUNK])  # type: ignore[union-attr]
             if not got:
-                raise UserError(
-                    f"{self._name} ends in the middle of {key!r}",
-                    rule="a checkpoint's files must be whole",
-                    remedy="use another checkpoint; this one is truncated",
-                )
+                raise self._truncated(key)
             filled += got
+
+    def _truncated(self, key: str) -> UserError:
+        return UserError(
+            f"{self._name} ends in the middle of {key!r}",
+            rule="a checkpoint's files must be whole",
+            remedy="use another checkpoint; this one is truncated",
+        )
 
     def close(self) -> None:
         """Close the stream."""
@@ -231,8 +273,41 @@ class TensorFile:
         return self._entries[key]
 
 
-def _parse_header(stream: IO[bytes], size: int) -> dict[str, _Entry]:
-    length = int.from_bytes(stream.read(8), "little")
+def _batches(
+    runs: Sequence[tuple[int, int, int]], limit: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """The runs, cut where they are longer than `limit`, in groups of at most so many elements."""
+    batch: list[tuple[int, int, int]] = []
+    filled = 0
+    for into, start, numel in runs:
+        done = 0
+        while done < numel:
+            part = min(numel - done, limit - filled)
+            batch.append((into + done, start + done, part))
+            done, filled = done + part, filled + part
+            if filled == limit:
+                yield batch
+                batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def _spans(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs joined where the gap is not longer: fewer requests, and at most twice the bytes.
+
+    So two tensor-parallel ranks fetch whole rows, more of them their own parts only.
+    """
+    spans: list[tuple[int, int]] = []
+    for begin, end in runs:
+        if spans and begin - spans[-1][1] <= end - begin:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((begin, end))
+    return spans
+
+
+def _parse_header(stream: IO[bytes] | RangeReader, size: int) -> dict[str, _Entry]:
+    length = int.from_bytes(stream.read(8), "little") if size >= 8 else size
     if length > min(_MAX_HEADER, size - 8):
         raise ValueError(f"header of {length} bytes in a file of {size}")
     header = json.loads(stream.read(length), object_pairs_hook=unique_keys)

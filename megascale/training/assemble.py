@@ -63,7 +63,7 @@ from megascale.training.hardware import peak_flops
 from megascale.training.host import prepare_host
 from megascale.training.initial_weights import load_initial_weights, open_initial_weights
 from megascale.training.output import open_output, run_manager
-from megascale.training.resume import load_state, require_same_data
+from megascale.training.resume import load_state, require_same_data, restore
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts
 from megascale.training.tasks.base import Task
@@ -148,7 +148,7 @@ def _assemble(
     callbacks = [*average, ledger, *_callbacks(config, corpora, data, mesh, manager, console)]
     for callback in callbacks:
         if callback.name in saved:
-            callback.load_state_dict(saved[callback.name])
+            restore(callback, saved[callback.name], reader)
     if reader is not None:
         reader.close()
     enrich = Throughput(task.flops_per_sample(), peak_flops(device, DTYPES[config.precision.dtype]))

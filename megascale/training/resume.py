@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,12 +66,35 @@ def load_state(
     with torch.no_grad():
         fill_all(reader, fragments, make_ranks())
     engine.finish_load()
-    engine.load_state_dict(saved["engine"])
+    restore(engine, saved.get("engine", {}), reader)
     if reader.manifest.world_size == mesh.world_size:
         random = reader.rng_state(mesh.rank)
         if random is not None:
             torch.set_rng_state(random)
-    return state, saved["callbacks"]
+    return state, saved.get("callbacks", {})
+
+
+class _Restorable(Protocol):
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def restore(owner: _Restorable, state: dict[str, Any], reader: CheckpointReader | None) -> None:
+    """Give `owner` its saved state.
+
+    Raises:
+        UserError: it is not what such an owner saves; its checksum only tells that it was written
+            so.
+    """
+    try:
+        owner.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        where = reader.storage.root if reader is not None else "a checkpoint"
+        raise UserError(
+            f"{where}: {type(owner).__name__} cannot continue from its saved state "
+            f"{json.dumps(state)[:200]} ({type(error).__name__}: {error})",
+            rule="the state in the manifest is what this version of megascale writes",
+            remedy="use another checkpoint, or the version that wrote it",
+        ) from error
 
 
 def _check_model(

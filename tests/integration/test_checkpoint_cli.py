@@ -150,8 +150,7 @@ def test_prune(made: Made) -> None:
     [
         {"callbacks": {"checkpoint": {"best_step": "four"}}},
         {"callbacks": {"checkpoint": {"best_step": 4.5}}},
-        {"callbacks": {"checkpoint": "none"}},
-        {"callbacks": [4]},
+        {"callbacks": {"checkpoint": {"best_step": [4]}}},
     ],
 )
 def test_prune_with_a_manifest_that_does_not_tell_the_best_step(made: Made, state: Any) -> None:

@@ -19,11 +19,12 @@ from megascale.checkpoint.reader import CheckpointReader
 from megascale.checkpoint.storage import Storage
 from megascale.checkpoint.upload import upload
 from megascale.errors import UserError
-from megascale.parallel.fragment import Fragment, whole_box
+from megascale.parallel.fragment import Box, Fragment, whole_box
 from tests.integration import runs
 from tests.object_store import s3_bucket
 
 SHAPE = (300, 7)
+MATRIX = (12, 56)
 SMALL = {"config.yaml": b"a: 1\n", "tokenizer/vocab.json": b"{}"}
 
 
@@ -76,6 +77,70 @@ def test_saved_found_damaged_and_pruned_on_s3(bucket: str, tmp_path: Path, stage
     assert "manifest.json is missing" in notes[0]
     _save(CheckpointManager(root, asynchronous=True), 6)
     assert _newest(CheckpointManager(root))[0] == 6
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each answer of the S3 server."""
+    import s3fs
+
+    sizes: list[int] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        answer = await call(self, method, *arguments, **options)
+        if method == "get_object":
+            sizes.append(answer["ContentLength"])
+        return answer
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    return sizes
+
+
+def _cuts(kind: str, ranks: int) -> list[tuple[Box, int, int]]:
+    """(box, start, numel) of each rank: flat parts, or parts of each row or column."""
+    rows, columns = MATRIX
+    if kind == "flat":
+        part = rows * columns // ranks
+        return [(whole_box(MATRIX), rank * part, part) for rank in range(ranks)]
+    rows, columns = (rows // ranks, columns) if kind == "rows" else (rows, columns // ranks)
+    boxes = [
+        ((rank * rows, (rank + 1) * rows), (0, columns))
+        if kind == "rows"
+        else ((0, rows), (rank * columns, (rank + 1) * columns))
+        for rank in range(ranks)
+    ]
+    return [(box, 0, rows * columns) for box in boxes]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("flat", 7), ("rows", 4), ("columns", 2), ("columns", 7)]
+)
+def test_each_rank_fetches_its_own_bytes_of_an_object_store(
+    bucket: str, fetched: list[int], kind: str, ranks: int
+) -> None:
+    """Over all ranks each byte at most twice, however the layouts lie to each other."""
+    root, values = f"{bucket}/ranges_{kind}_{ranks}", torch.arange(12.0 * 56)
+    held = [
+        Fragment(name, "master", MATRIX, whole_box(MATRIX), 0, values + 1000 * number)
+        for number, name in enumerate("uvw")
+    ]
+    CheckpointManager(root).save(2, held, {}, {})
+    state = sum(fragment.tensor.nbytes for fragment in held)
+    fetched.clear()
+    readers = [CheckpointReader(f"{root}/step_00000002") for _ in range(ranks)]
+    beside = sum(fetched)  # the manifests
+    for reader, (box, start, numel) in zip(readers, _cuts(kind, ranks), strict=True):
+        for fragment in held:
+            part = torch.zeros(numel)
+            reader.fill(Fragment(fragment.name, fragment.kind, MATRIX, box, start, part))
+            local = fragment.tensor.view(MATRIX)[tuple(slice(*interval) for interval in box)]
+            assert torch.equal(part, local.reshape(-1)[start : start + numel])
+    headers = ranks * 2000
+    assert state <= sum(fetched) - beside <= 2 * state + headers
+    assert sum(reader.bytes_read for reader in readers) <= 2 * state
+    if kind == "flat":
+        assert sum(fetched) - beside <= state + headers
 
 
 def test_the_newest_intact_copy_is_taken_wherever_it_is(tmp_path: Path) -> None:

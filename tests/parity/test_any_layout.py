@@ -238,6 +238,19 @@ def _journey(
             assert relative(norm, expected_norm) < 1e-5
 
 
+def _exchanged() -> None:
+    """Runs on every rank: messages around the length that one collective carries."""
+    ranks = make_ranks()
+    for size in (0, 1, 1012, 1013, 1014, 1015, 1016, 5000):
+        for short in (False, True):
+            sent = ["é" if rank and short else f"{rank}" * size for rank in range(ranks.size)]
+            assert ranks.exchange(sent[ranks.rank]) == sent
+
+
+def test_ranks_exchange_messages_of_any_length(pools: Pools) -> None:
+    pools(2).run(_exchanged)
+
+
 def test_all_ranks_write_their_share(pools: Pools, token_prefix: Path, tmp_path: Path) -> None:
     """Replicas without ZeRO hold the same: each writes about as much as the others."""
     settings = _settings(token_prefix, "dp=4,engine=torch")

@@ -27,6 +27,7 @@ from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointFolder, CheckpointManager, Retention
 from megascale.checkpoint.ranks import OneRank
 from megascale.checkpoint.reader import CheckpointReader
+from megascale.checkpoint.sharing import Shares
 from megascale.checkpoint.storage import Storage
 from megascale.config.load import load_config
 from megascale.config.schema import Config
@@ -547,6 +548,40 @@ def test_what_no_reader_would_take_is_not_committed(
         assert isinstance(outcome, UserError)
         assert f"was not committed: {says}" in outcome.what
     assert files(root) == before
+
+
+def test_who_writes_what_is_worked_out_again_only_where_something_changed() -> None:
+    class Counted(ThreadRanks):
+        lists = 0
+
+        def exchange(self, value: Any) -> list[Any]:
+            self.lists += isinstance(value, list) and self.rank == 0
+            return super().exchange(value)
+
+    ranks, shares = Counted(2), [Shares(), Shares()]
+
+    def written(kinds: Sequence[Sequence[str]]) -> list[list[str]]:
+        """By rank the kinds that it writes; rank 1 holds copies of what rank 0 owns."""
+        found: list[list[str]] = [[], []]
+
+        def work(rank: int) -> None:
+            held = [replace(_fragments(0, 1, 1.0)[0], kind=kind) for kind in kinds[rank]]
+            owned = held if rank == 0 else []
+            found[rank] = [f.kind for f in shares[rank].own(owned, held, ranks)]
+
+        assert ranks.run(work) == [None, None]
+        return found
+
+    both = ("master", "exp_avg")
+    first = written([both, both])
+    assert sorted(map(len, first)) == [1, 1]
+    assert ranks.lists == 1
+    assert written([both, both]) == first
+    assert ranks.lists == 1
+    assert written([both, ()]) == [["master", "exp_avg"], []]  # only rank 1 has changed
+    assert ranks.lists == 2
+    assert written([both, both]) == first
+    assert ranks.lists == 3
 
 
 # In the background ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megascale.checkpoint.manager import CheckpointManager
@@ -452,7 +453,22 @@ def _long_numbers(content: dict[str, Any]) -> None:
     content["pieces"][0]["start"] = 10**400
 
 
+def _state(**values: Any) -> Any:
+    return lambda content: content["state"].update(values)
+
+
 HOSTILE = {
+    "a position that is text": (_state(train="x"), "state.train"),
+    "no position": (_state(train=None), "state.train"),
+    "half a position": (_state(train={"step": 3}), "state.train.updates"),
+    "a position before the first": (
+        _state(train={"step": 3, "updates": -1, "samples_seen": 0, "tokens_seen": 0}),
+        "state.train.updates",
+    ),
+    "callbacks that are a list": (_state(callbacks=[4]), "state.callbacks"),
+    "a callback that is a number": (_state(callbacks={"ledger": 4}), "state.callbacks.ledger"),
+    "an engine with text": (_state(engine={"loss_scaler.scale": "x"}), "state.engine.loss_scaler"),
+    "stages that are none": (_state(data={"stages": 1, "paths": {}, "order": {}}), "state.data"),
     "a file listed twice": (_twice, "listed twice"),
     "boxes that overlap": (_overlapping, "overlap"),
     "ranges that overlap": (_overlapping_ranges, "overlap"),
@@ -475,6 +491,53 @@ def test_a_hostile_manifest_is_refused(checkpoint: Path, name: str) -> None:
     change, says = HOSTILE[name]
     _resealed(checkpoint, change)
     assert says in _refused(checkpoint)
+
+
+WRONG = (None, True, -1, 1 << 70, 1.5, float("nan"), "", "../x", [], [[]], {}, {"a": 1}, [0] * 999)
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each value inside a JSON value."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*at, key)
+        if isinstance(inner, dict | list):
+            yield from _places(inner, (*at, key))
+
+
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_manifest_with_anything_anywhere_is_read_or_refused(
+    checkpoint: Path, data: st.DataObject
+) -> None:
+    """Its checksum fits: as if a program with other ideas had written it."""
+    path = checkpoint / "manifest.json"
+    whole = path.read_bytes()
+
+    def change(content: dict[str, Any]) -> None:
+        *way, last = data.draw(st.sampled_from(list(_places(content))))
+        holder: Any = content
+        for key in way:
+            holder = holder[key]
+        if data.draw(st.booleans()):
+            holder[last] = data.draw(st.sampled_from(WRONG))
+        elif isinstance(holder, list):
+            holder.append(holder[last])
+        else:
+            del holder[last]
+
+    try:
+        _resealed(checkpoint, change)
+        reader = CheckpointReader(str(checkpoint))
+        reader.damage()
+        reader.fill(Fragment("w", "master", (4, 3), whole_box((4, 3)), 0, torch.zeros(12)))
+        reader.close()
+    except UserError:
+        pass
+    finally:
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, '"' + "x" * 10**6, "1" * 10**5])

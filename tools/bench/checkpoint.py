@@ -4,7 +4,9 @@
     python -m tools.bench.checkpoint --steps CONFIG      two processes that save while they train
 
 Rounds are interleaved; the median of each is printed. CPU seconds are user + system time of the
-process; a memory file system leaves the disk out.
+process; a memory file system leaves the disk out. Each load is the first one of a process of its
+own, as in a resume: one that loads again and again gets its buffers from memory that is mapped
+already.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ import torch.distributed as dist
 from megascale.checkpoint.manager import CheckpointManager
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.parallel.fragment import Fragment, whole_box
-from tools.bench.deepspeed_peer import works as deepspeed_works
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -42,20 +43,27 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/megascale-bench"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", metavar="CONFIG", help="measure steps of this run instead")
+    parser.add_argument("--load", metavar="WORK", help="only load, once; prints its seconds")
     arguments = parser.parse_args()
     if arguments.steps:
         _steps_during_saves(arguments.steps, arguments.folder)
         return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     state = make_state(arguments.megabytes)
+    if arguments.load:
+        print(json.dumps(_timed(_works(state, arguments.folder, arguments.load)[arguments.load])))
+        return
     size = sum(t.numel() * 4 for kinds in state.values() for t in kinds.values())
-    works = {**_ours(state, arguments.folder), **_dcp(state, arguments.folder)}
-    works |= {**deepspeed_works(state, arguments.folder), **_raw(state, arguments.folder)}
+    works = _works(state, arguments.folder)
+    for _ in range(2):  # the next one finds the files of the first
+        works["ours save, reuse_files"]()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(arguments.rounds):
         for name, work in works.items():
-            if name.endswith(("save", "write", "save_checkpoint")):
-                _clear(arguments.folder, name)  # removing old files is not what is measured
+            if name in _LOADS:
+                times[name].append(_loaded_by_another(name, arguments))
+                continue
+            _clear(arguments.folder, name)  # removing old files is not what is measured
             times[name].append(_timed(work))
     for name, rows in times.items():
         cpu = statistics.median(cpu for cpu, _ in rows)
@@ -69,13 +77,43 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+_LOADS = {  # and what they are part of
+    "ours verify and load": "ours",
+    "torch DCP load": "torch DCP",
+    "DeepSpeed load_checkpoint": "DeepSpeed",
+    "raw read": "raw",
+}
+
+_NEW_FILES = {  # and the folder that they write
+    "ours save, new files": "ours",
+    "torch DCP save": "dcp",
+    "DeepSpeed save_checkpoint": "deepspeed",
+    "raw write": "raw",
+}
+
+
+def _works(state: Any, folder: Path, only: str | None = None) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name; `only` those that belong to one load."""
+    makers = {"ours": _ours, "torch DCP": _dcp, "DeepSpeed": _deepspeed, "raw": _raw}
+    wanted = [make for name, make in makers.items() if only is None or _LOADS[only] == name]
+    return {name: work for make in wanted for name, work in make(state, folder).items()}
+
+
+def _loaded_by_another(name: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """(CPU seconds, wall seconds) of the load `name`, the first of a new process."""
+    command = [sys.executable, "-m", "tools.bench.checkpoint", "--load", name]
+    command += ["--folder", str(arguments.folder), "--megabytes", str(arguments.megabytes)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    cpu, wall = json.loads(done.stdout.splitlines()[-1])
+    return cpu, wall
+
+
 def _clear(folder: Path, name: str) -> None:
-    """Remove what the last round of a writer left."""
-    part = {"ours": "ours", "torch DCP": "dcp", "DeepSpeed": "deepspeed", "raw": "raw"}
-    for start, below in part.items():
-        if name.startswith(start):
-            shutil.rmtree(folder / below, ignore_errors=True)
-            (folder / below).mkdir(parents=True)
+    """Remove what the last round of a writer of new files left."""
+    part = _NEW_FILES.get(name)
+    if part is not None:
+        shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / part).mkdir(parents=True)
 
 
 def make_state(megabytes: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -110,14 +148,12 @@ def _ours(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
 
     over = CheckpointManager(str(folder / "over"), keep_last=1, reuse=True)
     steps = itertools.count(1)
-    for step in (next(steps), next(steps)):  # the next save finds the files of the first
-        over.save(step, _fragments(state), {}, {})
 
     def save_over() -> None:
         over.save(next(steps), _fragments(state), {}, {})
 
     return {
-        "ours save": save,
+        "ours save, new files": save,
         "ours save, reuse_files": save_over,
         "ours verify and load": load,
     }
@@ -132,6 +168,12 @@ def _dcp(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
         "torch DCP save": partial(dcp.save, flat, checkpoint_id=path),
         "torch DCP load": partial(dcp.load, flat, checkpoint_id=path),
     }
+
+
+def _deepspeed(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
+    from tools.bench.deepspeed_peer import works  # its import takes seconds
+
+    return works(state, folder)
 
 
 def _stall(state: Any, folder: Path, rounds: int) -> None:
@@ -213,7 +255,7 @@ def _disk(megabytes: int) -> None:
 
 
 def _raw(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
-    """What the file system itself costs: the tensors' bytes, written and nothing else."""
+    """What the file system itself costs: the tensors' bytes, written and read, nothing else."""
     path = folder / "raw" / "state"
 
     def save() -> None:
@@ -223,7 +265,13 @@ def _raw(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
                 for tensor in kinds.values():
                     stream.write(memoryview(tensor.numpy()).cast("B"))
 
-    return {"raw write": save}
+    def load() -> None:
+        with open(path, "rb", buffering=0) as stream:
+            for kinds in state.values():
+                for tensor in kinds.values():
+                    stream.readinto(memoryview(tensor.numpy()).cast("B"))
+
+    return {"raw write": save, "raw read": load}
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, float]:
