@@ -130,12 +130,11 @@ def _tokens_by_rank(model: dict[str, Any]) -> list[str]:
     letters = _byte_of_letter()
     merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     tokens = [*letters, *merged]
-    distinct = set(tokens)
-    if not distinct <= model["vocab"].keys():
+    if not all(map(model["vocab"].__contains__, tokens)):
         raise _unfit("a byte, or what a merge makes, is not in the vocabulary")
-    if not set().union(*merged) <= letters.keys():
+    if not set("".join(merged)) <= letters.keys():
         raise _unfit("a merge holds what is no byte")
-    if len(distinct) != len(tokens):
+    if len(set(tokens)) != len(tokens):
         raise _unfit("two merges make the same token")
     return tokens
 

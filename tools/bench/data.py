@@ -2,6 +2,7 @@
 
     python -m tools.bench.data --input english.jsonl --tokenizer gpt2     tokenising
     python -m tools.bench.data --only reading
+    python -m tools.bench.data --only packing
 
 Each way is a process of its own, rounds are interleaved, the median is printed. CPU seconds are
 user + system time of a process and its children; MB are of UTF-8 text. `hf` is datasets.map with
@@ -33,6 +34,7 @@ import orjson
 from data_prep.encoders import Backend, make_encoder
 from megascale.data.corpus import TokenCorpus
 from megascale.data.gpt_dataset import GPTDataset
+from megascale.data.packing import Packing, Packs
 from megascale.data.token_file import DTYPE_CODES, MAGIC, TokenFile
 from megascale.data.tokenizer import load_tokenizer
 
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=_WAYS, default=list(_WAYS))
     parser.add_argument("--repeat", type=int, default=1, help="read the input so many times over")
-    parser.add_argument("--only", choices=["tokenising", "memory", "reading"])
+    parser.add_argument("--only", choices=["tokenising", "memory", "reading", "packing"])
     parser.add_argument("--child", choices=_WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,7 +61,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="megascale-bench-") as folder:
         if arguments.only in (None, "reading"):
             bench_reading(Path(folder), arguments.rounds)
-        if arguments.only != "reading":
+        if arguments.only in (None, "packing"):
+            bench_packing(Path(folder), arguments.rounds)
+        if arguments.only not in ("reading", "packing"):
             if arguments.input is None:
                 parser.error("tokenising needs --input")
             arguments.tokenizer = arguments.tokenizer or _train(arguments.input, Path(folder))
@@ -81,10 +85,12 @@ def bench_tokenising(arguments: argparse.Namespace, folder: Path) -> None:
         tiny.write_bytes(stream.readline())
     used: dict[str, list[float]] = {way: [] for way in arguments.ways}
     start: dict[str, list[float]] = {way: [] for way in arguments.ways}
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
         for way in arguments.ways:
             start[way].append(_child(arguments, tiny, way, folder / way))
             used[way].append(_child(arguments, arguments.input, way, folder / way))
+            seen = f"{used[way][-1]:.2f} CPU-s, {start[way][-1]:.2f} of them to start"
+            print(f"round {number + 1}, {way}: {seen}", file=sys.stderr, flush=True)
     print(f"{megabytes:.1f} MB of text")
     whole = {way: statistics.median(used[way]) for way in arguments.ways}
     steady = {way: whole[way] - statistics.median(start[way]) for way in arguments.ways}
@@ -264,6 +270,31 @@ def bench_reading(folder: Path, rounds: int) -> None:
             f"{documents:10,} documents, {documents * 1100:14,} tokens: opening "
             f"{statistics.median(opening) * 1e3:7.3f} ms, opening and indexing "
             f"{statistics.median(indexing):7.3f} CPU-s"
+        )
+
+
+def bench_packing(folder: Path, rounds: int) -> None:
+    """The index of packed samples, of 10 M documents with lengths as those of web pages spread."""
+    chance = np.random.default_rng(0)
+    lengths = np.maximum(chance.lognormal(np.log(600), 1.1, 10_000_000).astype(np.int64), 1)
+    _write_pair(folder / "packed", lengths, None)
+    corpus = TokenCorpus.open(folder / "packed")
+    whole = (0, corpus.num_tokens)
+    kinds: list[tuple[Packing, int]] = [
+        ("one_document", 1024),
+        ("best_fit", 1024),
+        ("best_fit", 8192),
+    ]
+    for packing, seq_length in kinds:
+        times = []
+        for _ in range(rounds):
+            before = time.process_time()
+            packs = Packs(corpus, whole, seq_length, packing)
+            times.append(time.process_time() - before)
+        print(
+            f"{packing} of {len(lengths):,} documents at {seq_length}: "
+            f"{statistics.median(times):.2f} CPU-s ({min(times):.2f}-{max(times):.2f}), "
+            f"{packs.report.padding:.2%} padding"
         )
 
 
