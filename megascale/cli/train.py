@@ -80,13 +80,14 @@ def compare_machines(config: Config, rank: int) -> None:
 
     Raises:
         NodeError: versions of few machines differ from the others'; they are remembered.
-        UserError: versions differ, and nobody knows whose are wrong.
+        UserError: versions differ, and nobody knows whose are wrong; or tensor-parallel groups
+            cross machines.
     """
     import torch.distributed as dist
 
     from megascale.launcher.bad_nodes import add_bad_nodes
     from megascale.launcher.measurements import device_names, everybodys
-    from megascale.launcher.preflight import compare, crossing_groups, gather_facts
+    from megascale.launcher.preflight import check_tensor_groups, compare, gather_facts
 
     if dist.get_world_size() == 1:
         return
@@ -94,24 +95,23 @@ def compare_machines(config: Config, rank: int) -> None:
     builds = parallel.offload_optimizer or parallel.offload_parameters
     gathered = everybodys(gather_facts(rank, output, device_names(), needs_compiler=builds))
     findings = compare(gathered)
-    crossing = crossing_groups([facts.host for facts in gathered], parallel.tensor_parallel_size)
     if rank == 0:
         for finding in findings:
             typer.echo(f"warning: {finding}", err=True)
-        if crossing:
-            typer.echo(
-                f"warning: {len(crossing)} tensor-parallel groups of {len(crossing[0])} cross "
-                "machines; their collectives lie on the critical path of every layer",
-                err=True,
-            )
     errors = [finding for finding in findings if finding.is_error]
-    if not errors:
-        return
-    bad = sorted({finding.host for finding in errors if finding.is_bad_node})
-    if rank == 0:
-        add_bad_nodes(output, bad)
-    raise (NodeError if bad else UserError)(  # without them another attempt would meet the same
-        "; ".join(f"{finding.host}: {finding.text}" for finding in errors),
-        rule="all ranks of a training run the same versions",
-        remedy=errors[0].remedy,
+    if errors:
+        bad = sorted({finding.host for finding in errors if finding.is_bad_node})
+        if rank == 0:
+            add_bad_nodes(output, bad)
+        raise (NodeError if bad else UserError)(  # without them another attempt would meet the same
+            "; ".join(f"{finding.host}: {finding.text}" for finding in errors),
+            rule="all ranks of a training run the same versions",
+            remedy=errors[0].remedy,
+        )
+    crossing = check_tensor_groups(
+        [facts.host for facts in gathered],
+        parallel.tensor_parallel_size,
+        may_cross=parallel.tensor_parallel_across_machines,
     )
+    if rank == 0 and crossing:
+        typer.echo(f"warning: {crossing}", err=True)

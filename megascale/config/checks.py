@@ -158,11 +158,14 @@ def stopping_needs_interval(config: Config, world_size: int | None) -> Iterator[
 
 
 _IGNORED = (
-    _ignored(
-        "parallel.sequence_parallel",
-        "parallel.tensor_parallel_size",
-        lambda size: size != 1,
-        "several ranks share a layer",
+    *(
+        _ignored(
+            f"parallel.{name}",
+            "parallel.tensor_parallel_size",
+            lambda size: size != 1,
+            "several ranks share a layer",
+        )
+        for name in ("sequence_parallel", "tensor_parallel_across_machines")
     ),
     *(
         _ignored(

@@ -273,6 +273,8 @@ class ParallelConfig(Section):
     """Whether the divided weights live in host memory (ZeRO stage 3)."""
     tensor_parallel_size: Count = 1
     """Ranks that share every matrix of a layer."""
+    tensor_parallel_across_machines: bool = False
+    """Whether a tensor-parallel group may have ranks on several machines; else it is refused."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks also share the activations between matrices."""
     pipeline_parallel_size: Count = 1

@@ -225,11 +225,11 @@ class DeepSpeedEngine:
         self._push_scale()
         return StepOutcome(norm, skipped=skipped, loss_scale=scale)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, ...]]:
         """See `Engine.forward`."""
         if self.pipeline is not None:
-            return self.pipeline.forward(micro_batch)
-        return self._engine(**micro_batch)
+            return self.pipeline.forward(micro_batches)
+        return [self._engine(**micro_batch) for micro_batch in micro_batches]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

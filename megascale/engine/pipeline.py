@@ -7,6 +7,8 @@ are called with the number of a micro-batch and look its tensors up, so only hid
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,28 +80,45 @@ class Pipeline:
         dist.all_reduce(self._sums, group=self._group)
         return self._sums
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        """What the last stage returns for one micro-batch, on every rank. Collective over pp."""
-        layout, outputs, sends = self._layout, (), []
-        received: torch.Tensor | None = None
-        for stage in self._stages:
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, ...]]:
+        """What the last stage returns for each micro-batch, on every rank. Collective over pp.
+
+        Stage s takes micro-batch m when m + s waves have gone by, so all ranks work once the first
+        micro-batches have come to them; any number and any schedule's stages will do. Every rank
+        goes through its waves in order and no stage waits for a later wave: no two ranks can wait
+        for each other.
+        """
+        count, layout = len(micro_batches), self._layout
+        waves = sorted((m + stage, stage, m) for stage in self._stages for m in range(count))
+        hidden: dict[tuple[int, int], torch.Tensor] = {}  # (stage, micro-batch) -> its input
+        outputs: list[tuple[torch.Tensor, ...]] = [()] * count
+        sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        for _, stage, index in waves:
+            chunk, micro_batch = layout.chunks[stage], micro_batches[index]
             if stage and layout.rank_of(stage - 1) != self._rank:
                 received = self._hidden(micro_batch["input_ids"].shape)
                 dist.recv(received, group=self._group, group_src=layout.rank_of(stage - 1))
-            chunk = layout.chunks[stage]
-            result = self._module(**micro_batch, hidden=received, chunk=chunk)
+                hidden[stage, index] = received
+            result = self._module(
+                **micro_batch, hidden=hidden.pop((stage, index), None), chunk=chunk
+            )
             if chunk.is_last:
-                outputs = result
-            elif layout.rank_of(stage + 1) != self._rank:
-                target = layout.rank_of(stage + 1)
-                send = dist.isend(result.contiguous(), group=self._group, group_dst=target)
-                assert send is not None
-                sends.append(send)
+                outputs[index] = result
+            elif layout.rank_of(stage + 1) == self._rank:
+                hidden[stage + 1, index] = result
             else:
-                received = result
-        for send in sends:
-            send.wait()
+                sends.append(self._send(result.contiguous(), layout.rank_of(stage + 1)))
+            while len(sends) > len(layout.chunks):  # what was sent so long ago is wanted by now
+                sends.popleft()[0].wait()
+        for work, _ in sends:
+            work.wait()
         return self._from_last(outputs)
+
+    def _send(self, tensor: torch.Tensor, rank: int) -> tuple[dist.Work, torch.Tensor]:
+        """Start to send; the tensor must live until the work is done."""
+        work = dist.isend(tensor, group=self._group, group_dst=rank)
+        assert work is not None
+        return work, tensor
 
     def is_copy(self, name: str) -> bool:
         """Whether this rank's `name` is the last stage's copy of a tied weight."""
@@ -171,18 +190,23 @@ class Pipeline:
         size = (batch, length // self._layout.sequence_shards, self._layout.hidden_size)
         return torch.empty(size, dtype=self._dtype, device=device or self._device)
 
-    def _from_last(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The last stage's outputs, on every rank."""
+    def _from_last(self, outputs: list[tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor, ...]]:
+        """The last stage's outputs, on every rank: one message for each place of the tuples."""
         source = self._layout.last_rank
-        shapes: list[Any] = [[(tuple(out.shape), out.dtype) for out in outputs]]
-        dist.broadcast_object_list(shapes, group=self._group, group_src=source, device=self._device)
-        if self._rank != source:
-            outputs = tuple(
-                torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in shapes[0]
-            )
-        for output in outputs:
-            dist.broadcast(output, group=self._group, group_src=source)
-        return outputs
+        kinds: list[Any] = [[[(tuple(o.shape), o.dtype) for o in out] for out in outputs]]
+        dist.broadcast_object_list(kinds, group=self._group, group_src=source, device=self._device)
+        columns = []
+        for place in range(len(kinds[0][0]) if kinds[0] else 0):
+            shapes, dtypes = zip(*(kind[place] for kind in kinds[0]), strict=True)
+            sizes = [math.prod(shape) for shape in shapes]
+            if self._rank == source:
+                flat = torch.cat([out[place].reshape(-1) for out in outputs])
+            else:
+                flat = torch.empty(sum(sizes), dtype=dtypes[0], device=self._device)
+            dist.broadcast(flat, group=self._group, group_src=source)
+            parts = zip(flat.split(sizes), shapes, strict=True)
+            columns.append([part.view(shape) for part, shape in parts])
+        return list(zip(*columns, strict=True))
 
 
 class _StageModule(nn.Module):

@@ -86,11 +86,13 @@ class Evaluable(Protocol):
 
     module: nn.Module
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        """What the module returns in eval mode, without gradients; call inside `evaluating()`.
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, ...]]:
+        """What the module returns for each in eval mode, without gradients.
 
-        For a micro-batch with labels that is (loss sum, number of targets).
-        Collective under ZeRO-3: every rank must call it equally often.
+        For a micro-batch with labels that is (loss sum, number of targets). Call it inside
+        `evaluating()`, with several at once where there are: the ranks of a pipeline then work at
+        the same time. Collective under ZeRO-3 and over a pipeline: every rank must call it with
+        equally many.
         """
         ...
 

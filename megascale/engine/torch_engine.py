@@ -89,11 +89,11 @@ class TorchEngine:
         self._scaler.update(overflow=not finite)
         return StepOutcome(norm if finite else math.inf, skipped=not finite, loss_scale=scale)
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, ...]]:
         """See `Engine.forward`."""
         if self._pipeline is not None:
-            return self._pipeline.forward(micro_batch)
-        return self.module(**micro_batch)
+            return self._pipeline.forward(micro_batches)
+        return [self.module(**micro_batch) for micro_batch in micro_batches]
 
     @property
     def pipeline(self) -> Pipeline | None:

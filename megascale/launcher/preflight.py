@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from megascale.errors import UserError
+
 PACKAGES = ("megascale", "torch", "deepspeed", "numpy", "triton", "transformers")
 LOW_DISK = 2 << 30
 LOW_MEMORY = 1 << 30
@@ -229,6 +231,37 @@ def crossing_groups(hosts: Sequence[str], size: int) -> list[tuple[int, ...]]:
     """
     groups = [tuple(range(first, first + size)) for first in range(0, len(hosts), size)]
     return [group for group in groups if len({hosts[rank] for rank in group}) > 1]
+
+
+def check_tensor_groups(hosts: Sequence[str], size: int, *, may_cross: bool) -> str:
+    """A warning when tensor-parallel groups cross machines; "" when none does.
+
+    Args:
+        hosts: machine of each rank.
+        size: ranks of a group.
+        may_cross: whether the config allows it.
+
+    Raises:
+        UserError: groups cross machines and may not.
+    """
+    crossing = crossing_groups(hosts, size)
+    if not crossing:
+        return ""
+    first = ", ".join(f"{rank} on {hosts[rank]}" for rank in crossing[0])
+    text = (
+        f"{len(crossing)} of {len(hosts) // size} tensor-parallel groups of {size} cross machines "
+        f"(ranks {first})"
+    )
+    if may_cross:
+        return f"{text}; their collectives lie on the critical path of every layer"
+    fitting = [n for n in range(1, size) if size % n == 0 and not crossing_groups(hosts, n)]
+    raise UserError(
+        text,
+        rule="every layer waits for several collectives of a tensor-parallel group, so its ranks "
+        "are neighbours on one machine",
+        remedy=f"parallel.tensor_parallel_size={fitting[-1]}, a multiple of {size} ranks on every "
+        "machine, or parallel.tensor_parallel_across_machines=true if the network is meant for it",
+    )
 
 
 def _versions() -> dict[str, str]:

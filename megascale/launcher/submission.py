@@ -14,6 +14,7 @@ from megascale.config.schema import Config
 from megascale.errors import UserError
 from megascale.file_lock import FileLock
 from megascale.launcher.batch_script import BatchJob
+from megascale.launcher.preflight import check_tensor_groups
 from megascale.launcher.slurm_client import Job, Slurm
 
 _TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
@@ -164,7 +165,8 @@ def check_layout(config: Config, request: Request) -> list[str]:
     """Warnings about tasks, devices and layout that agree only in number.
 
     Raises:
-        UserError: more processes than GPUs on a machine, or the other way round.
+        UserError: more processes than GPUs on a machine, or the other way round; tensor-parallel
+            groups that cross machines.
     """
     warnings = []
     tasks, gpus = request.tasks_per_node, request.gpus_per_node
@@ -180,13 +182,17 @@ def check_layout(config: Config, request: Request) -> list[str]:
             rule="there is one process for each GPU",
             remedy=f"--ntasks-per-node {gpus}, or leave it out",
         )
-    tensor = config.parallel.tensor_parallel_size
-    if tasks % tensor and request.nodes > 1:
+    parallel = config.parallel
+    machines = [f"machine {rank // tasks}" for rank in range(request.nodes * tasks)]
+    if len(machines) % parallel.tensor_parallel_size == 0:  # else the layout is refused by itself
         warnings.append(
-            f"tensor-parallel groups of {tensor} cross machines of {tasks} ranks; "
-            "their collectives lie on the critical path of every layer"
+            check_tensor_groups(
+                machines,
+                parallel.tensor_parallel_size,
+                may_cross=parallel.tensor_parallel_across_machines,
+            )
         )
-    return warnings
+    return [warning for warning in warnings if warning]
 
 
 def check_paths(config: Config) -> None:

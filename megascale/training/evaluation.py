@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from megascale.data.protocol import IGNORE_LABEL
 from megascale.engine.protocol import Evaluable
 from megascale.parallel.context_parallel import own_tokens
 from megascale.parallel.mesh import ParallelMesh
+
+AT_ONCE = 32
+"""Micro-batches of one forward. A pipeline of p ranks waits (p - 1) / 32 of the time that it
+computes; only ids and labels of these are held."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,15 @@ def evaluate(
     measured = 0
     with engine.evaluating():
         for loader in loaders:
-            for whole in loader:
-                batch = own_tokens(whole, mesh.cp_rank, mesh.cp_size)
-                outputs = engine.forward({k: v.to(device) for k, v in batch.items()})
-                measured = len(outputs)
-                for row, output in zip(total, outputs, strict=False):
-                    row += output.double().cpu()
+            for wholes in _groups(loader):
+                batches = [own_tokens(whole, mesh.cp_rank, mesh.cp_size) for whole in wholes]
+                there = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+                for outputs in engine.forward(there):
+                    measured = len(outputs)
+                    for row, output in zip(total, outputs, strict=False):
+                        row += output.double().cpu()
                 if lengths is not None:
-                    targets = batch["labels"]
+                    targets = torch.cat([batch["labels"].flatten() for batch in batches])
                     utf8_bytes += lengths[targets[targets != IGNORE_LABEL]].sum()
     total = mesh.sum_over_data(total.to(device)).cpu()
     utf8_bytes = mesh.sum_over_data(utf8_bytes.to(device)).cpu()
@@ -94,6 +100,13 @@ def evaluate(
     return EvaluationResult(
         float(losses.sum()), int(total[1, 0]), int(utf8_bytes), metrics, float(losses[1:].sum())
     )
+
+
+def _groups(loader: EvaluationLoader) -> Iterator[Sequence[Mapping[str, torch.Tensor]]]:
+    """Micro-batches, some at a time."""
+    waiting = iter(loader)
+    while group := list(islice(waiting, AT_ONCE)):
+        yield group
 
 
 def _objectives(engine: Evaluable) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,9 +51,11 @@ class LoadedModel:
         self.module.eval()
         self.tokenizer = checkpoint_tokenizer(self.reader)
 
-    def forward(self, micro_batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, micro_batches: Sequence[Mapping[str, torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, ...]]:
         """See `Evaluable.forward`."""
-        return self.module(**micro_batch)
+        return [self.module(**micro_batch) for micro_batch in micro_batches]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

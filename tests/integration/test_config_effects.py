@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from megascale.config.schema import leaf_fields
+from megascale.errors import UserError
 from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
 from tests.integration.runs import (
@@ -215,6 +216,13 @@ ROWS = (
         {"parallel.tensor_parallel_size": 2},
         world=2,
     ),
+    Row(
+        "parallel.tensor_parallel_across_machines",
+        True,
+        ("on_two_machines",),
+        {"parallel.tensor_parallel_size": 2},
+        world=2,
+    ),
     Row("parallel.activation_recomputation", "full", ("recomputed",)),
     Row("parallel.activation_recomputation", "selective", ("recomputed",)),
     Row("parallel.collective_timeout_s", 99, ("timeout",)),
@@ -290,6 +298,19 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(value).hexdigest()[:16]
 
 
+def _on_two_machines(config: Any) -> str:
+    """What is said of this run if its second half of ranks were on another machine."""
+    from megascale.launcher.preflight import check_tensor_groups
+
+    parallel = config.parallel
+    ranks = parallel.tensor_parallel_size
+    may_cross = parallel.tensor_parallel_across_machines
+    try:
+        return check_tensor_groups(["a", "b"][:ranks], ranks, may_cross=may_cross)
+    except UserError as error:
+        return f"refused: {error}"
+
+
 @contextmanager
 def _operations(seen: dict[str, Any]) -> Iterator[None]:
     """Put the names of what torch runs inside into `seen`."""
@@ -309,7 +330,6 @@ def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[st
 
     from megascale.cli.config import all_checks
     from megascale.config.load import load_config
-    from megascale.errors import UserError
     from megascale.launcher.environment import ProcessInfo
     from megascale.launcher.rendezvous import choose_device
     from megascale.training.assemble import assemble
@@ -340,6 +360,7 @@ def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[st
         "micro_batches": [tuple(batch["input_ids"].shape) for batch in batches],
         "samples": [[sorted((k, v.tolist()) for k, v in batch.items())] for batch in batches],
     }
+    seen["on_two_machines"] = _on_two_machines(config)
     group = run.trainer.parts.mesh.dp_group
     backend = group._get_backend(torch.device("cpu"))
     seen["timeout"] = backend.options._timeout

@@ -377,6 +377,13 @@ CASES: dict[str, list[Case]] = {
             "parallel.sequence_parallel=true parallel.tensor_parallel_size=2",
         ),
     ],
+    "ignored:parallel.tensor_parallel_across_machines": [
+        Case(
+            "parallel.tensor_parallel_across_machines=true",
+            "parallel.tensor_parallel_across_machines",
+            "parallel.tensor_parallel_across_machines=true parallel.tensor_parallel_size=2",
+        ),
+    ],
     "ignored:parallel.context_parallel_method": [
         Case(
             "parallel.context_parallel_method=ring",

@@ -17,7 +17,14 @@ from megascale.launcher.bad_nodes import (
     read_bad_nodes,
 )
 from megascale.launcher.ends import KINDS
-from megascale.launcher.preflight import Facts, compare, crossing_groups, gather_facts, stale_locks
+from megascale.launcher.preflight import (
+    Facts,
+    check_tensor_groups,
+    compare,
+    crossing_groups,
+    gather_facts,
+    stale_locks,
+)
 
 WELL = Facts(0, "a1", {"torch": "2.13"}, ("H100",), {"/tmp": 1 << 40}, 1 << 36, 100.0, "10.0.0.1")
 
@@ -83,6 +90,17 @@ def test_groups_that_cross_machines() -> None:
     assert crossing_groups(hosts, 2) == [(2, 3)]
     assert crossing_groups(hosts, 3) == []
     assert crossing_groups(["a", "b", "a", "b"], 2) == [(0, 1), (2, 3)]
+
+
+def test_groups_that_cross_machines_are_refused_unless_allowed() -> None:
+    hosts = ["a"] * 6 + ["b"] * 6
+    assert not check_tensor_groups(hosts, 2, may_cross=False)
+    warning = check_tensor_groups(hosts, 4, may_cross=True)
+    assert warning.startswith("1 of 3 tensor-parallel groups of 4 cross machines (ranks 4 on a, ")
+    with pytest.raises(UserError) as refusal:
+        check_tensor_groups(hosts, 4, may_cross=False)
+    for words in ("6 on b", "parallel.tensor_parallel_size=2, a multiple of 4", "_machines=true"):
+        assert words in str(refusal.value)
 
 
 def test_this_machine(tmp_path: Path) -> None:

@@ -282,7 +282,11 @@ def test_a_container_sees_what_the_run_reads_and_writes(tmp_path: Path) -> None:
 def test_tasks_and_devices(tmp_path: Path) -> None:
     tree = settings(tmp_path, tmp_path / "run", parallel__tensor_parallel_size=2)
     config = load_config(write_config(tmp_path / "c.yaml", tree))
-    (warning,) = check_layout(config, Request(2, 1, 1))
+    with pytest.raises(UserError, match=r"cross machines .ranks 0 on machine 0, 1 on machine 1"):
+        check_layout(config, Request(2, 1, 1))
+    tree["parallel"]["tensor_parallel_across_machines"] = True
+    allowed = load_config(write_config(tmp_path / "allowed.yaml", tree))
+    (warning,) = check_layout(allowed, Request(2, 1, 1))
     assert "cross machines" in warning
     assert not check_layout(config, Request(2, 4, 1, gpus_per_node=4))
     with pytest.raises(UserError, match="--ntasks-per-node 4 with --gpus-per-node 8"):

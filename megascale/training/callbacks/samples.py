@@ -95,7 +95,7 @@ class SampleCallback(Callback):
             length = ids.shape[1]
             padded = F.pad(ids, (0, -length % self._multiple))  # causal: nobody looks ahead
             own = own_tokens({"input_ids": padded}, mesh.cp_rank, mesh.cp_size)
-            logits = gather_tokens(parts.engine.forward(own)[0], mesh.cp_group)
+            logits = gather_tokens(parts.engine.forward([own])[0][0], mesh.cp_group)
             return logits[0, length - 1, : tokenizer.vocab_size]
 
         new = generate(
