@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO
 
 from megascale.errors import UserError
+from megascale.launcher.allocator import OPT_OUT, allocator_variables
 from megascale.launcher.environment import FAILURE_DIR, LISTEN_FD
 from megascale.launcher.failure import Failure, blamed, clear_notes, has_mark, read_notes
 
@@ -45,10 +46,17 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
             remedy="choose another run.output_dir, or free space",
         ) from error
     clear_notes(log_dir, nproc)
+    preloaded = allocator_variables(os.environ)
+    if preloaded:
+        library = preloaded["LD_PRELOAD"]
+        note = f"allocator of the ranks: {library} ({OPT_OUT}=default for the system's)"
+        print(note, file=sys.stderr, flush=True)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
-        ranks = [_start(arguments, rank, nproc, listener, log_dir) for rank in range(nproc)]
+        ranks = [
+            _start(arguments, rank, nproc, listener, log_dir, preloaded) for rank in range(nproc)
+        ]
     try:
         with _passed_on(ranks):
             failed = _wait(ranks, log_dir)
@@ -61,13 +69,19 @@ def launch_local(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
 
 
 def _start(
-    arguments: Sequence[str], rank: int, nproc: int, listener: socket.socket, log_dir: Path
+    arguments: Sequence[str],
+    rank: int,
+    nproc: int,
+    listener: socket.socket,
+    log_dir: Path,
+    preloaded: dict[str, str],
 ) -> subprocess.Popen[bytes]:
     port = listener.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // nproc)
     environment = {
         "OMP_NUM_THREADS": str(threads),  # the user's own setting wins
         **os.environ,
+        **preloaded,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(nproc),
