@@ -35,11 +35,13 @@ export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-^lo,docker,veth}"
 
 # ---- memory allocator of the host (megascale doctor tells which one is loaded)
 # With glibc's malloc a rank that loads and frees large arrays keeps what it has freed; tcmalloc gives
-# it back and locks less with many threads. Loaded only where it is installed.
-if [[ -z ${LD_PRELOAD:-} ]]; then
+# it back and locks less with many threads. Loaded, and said so, only where it is installed.
+# MEGASCALE_ALLOCATOR=default leaves the system's.
+if [[ -z ${LD_PRELOAD+set} && ${MEGASCALE_ALLOCATOR:-} != default ]]; then
   for library in /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib64/libtcmalloc_minimal.so.4; do
     if [[ -e $library ]]; then
       export LD_PRELOAD=$library
+      echo "allocator of the ranks: $library (MEGASCALE_ALLOCATOR=default for the system's)" >&2
       break
     fi
   done

@@ -139,56 +139,97 @@ void probabilities(T* logits, int64_t rows, int64_t n, const int64_t* labels, fl
 
 // ---- attention: of row r the columns [first[r % period], last[r % period]) are seen
 
+// Loops go over whole vectors: what an interval leaves of its ends is computed one by one otherwise,
+// which took longer than the rest.
+constexpr int64_t VECTOR = 16;
+
+struct Span {
+  int begin, from, to, count;  // first whole vector; from there: what is seen, and all vectors
+  Span(int first, int last, int64_t n) {
+    const int64_t end = (last + VECTOR - 1) / VECTOR * VECTOR;
+    begin = int(first / VECTOR * VECTOR);
+    from = first - begin;
+    to = last - begin;
+    count = int(end < n ? end : n) - begin;
+  }
+};
+
+template <typename T>
+void clear(T* row, int64_t begin, int64_t end) {
+  if (begin < end) std::memset(static_cast<void*>(row + begin), 0, (end - begin) * sizeof(T));
+}
+
 template <typename T>
 void attend(T* scores, int64_t rows, int64_t n, const int32_t* first, const int32_t* last,
             int64_t period, float scale) {
+  constexpr float none = -std::numeric_limits<float>::infinity();
 #pragma omp parallel if (rows > 64)
   {
     std::vector<float> kept(n);
     float* power = kept.data();
 #pragma omp for
     for (int64_t r = 0; r < rows; ++r) {
-      T* row = scores + r * n;
-      const int64_t from = first[r % period], to = last[r % period];
-      const float most = largest(row + from, to - from);
+      const Span span(first[r % period], last[r % period], n);
+      T* row = scores + r * n + span.begin;
+      const int from = span.from, to = span.to, count = span.count;
+      float most = none;
+#pragma omp simd reduction(max : most)
+      for (int i = 0; i < count; ++i) {
+        const float value = i >= from && i < to ? widen(row[i]) : none;
+        power[i] = value;
+        most = value > most ? value : most;
+      }
       float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = from; i < to; ++i) {
-        const float e = exponential((widen(row[i]) - most) * scale);
+      for (int i = 0; i < count; ++i) {
+        const float e = exponential((power[i] - most) * scale);
         power[i] = e;
         sum += e;
       }
       const float factor = 1.0f / sum;
-      for (int64_t i = 0; i < from; ++i) put(row[i], 0.0f);
 #pragma omp simd
-      for (int64_t i = from; i < to; ++i) put(row[i], power[i] * factor);
-      for (int64_t i = to; i < n; ++i) put(row[i], 0.0f);
+      for (int i = 0; i < count; ++i) put(row[i], power[i] * factor);
+      clear(row, -span.begin, 0);
+      clear(row, count, n - span.begin);
     }
   }
 }
 
-// grad <- scale * p * (grad - sum(grad * p)); zero where nothing was seen
+// grad <- scale * p * (grad - sum(grad * p)); p is 0 where nothing was seen
 template <typename T>
 void attend_backward(T* grad, const T* weights, int64_t rows, int64_t n, const int32_t* first,
                      const int32_t* last, int64_t period, float scale) {
 #pragma omp parallel for if (rows > 64)
   for (int64_t r = 0; r < rows; ++r) {
-    T* g = grad + r * n;
-    const T* p = weights + r * n;
-    const int64_t from = first[r % period], to = last[r % period];
+    const Span span(first[r % period], last[r % period], n);
+    T* g = grad + r * n + span.begin;
+    const T* p = weights + r * n + span.begin;
+    const int count = span.count;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = from; i < to; ++i) sum += widen(g[i]) * widen(p[i]);
-    for (int64_t i = 0; i < from; ++i) put(g[i], 0.0f);
+    for (int i = 0; i < count; ++i) sum += widen(g[i]) * widen(p[i]);
 #pragma omp simd
-    for (int64_t i = from; i < to; ++i) put(g[i], scale * widen(p[i]) * (widen(g[i]) - sum));
-    for (int64_t i = to; i < n; ++i) put(g[i], 0.0f);
+    for (int i = 0; i < count; ++i) put(g[i], scale * widen(p[i]) * (widen(g[i]) - sum));
+    clear(g, -span.begin, 0);
+    clear(g, count, n - span.begin);
+  }
+}
+
+// ---- sums in fp32 of what products left in the type of the model
+
+constexpr int64_t PIECE = 1 << 14;
+
+template <typename T>
+void accumulate(float* total, const T* values, int64_t n) {
+#pragma omp parallel for if (n > PIECE)
+  for (int64_t begin = 0; begin < n; begin += PIECE) {
+    const int64_t end = begin + PIECE < n ? begin + PIECE : n;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) total[i] += widen(values[i]);
   }
 }
 
 // ---- GELU
-
-constexpr int64_t PIECE = 1 << 14;
 
 template <typename F, typename T>
 void gelu(const T* x, T* out, int64_t n) {
@@ -225,6 +266,9 @@ void gelu_backward(const T* x, const T* grad, T* out, int64_t n) {
                                          const int32_t* first, const int32_t* last,               \
                                          int64_t period, float scale) {                           \
     attend_backward(grad, weights, rows, n, first, last, period, scale);                          \
+  }                                                                                               \
+  extern "C" void accumulate_##NAME(float* total, const T* values, int64_t n) {                   \
+    accumulate(total, values, n);                                                                 \
   }                                                                                               \
   extern "C" void gelu_##NAME(const T* x, T* out, int64_t n) { gelu<Erf>(x, out, n); }            \
   extern "C" void gelu_tanh_##NAME(const T* x, T* out, int64_t n) { gelu<Tanh>(x, out, n); }      \

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.kernels.library import LIBRARY
-from megascale.kernels.passes import probabilities_
+from megascale.kernels.passes import accumulate_, probabilities_
 from megascale.models.gradient_sink import sink_of
 from megascale.wide import wide_dtype, widen
 
@@ -214,15 +214,22 @@ class _Pass:
         step = _power_of_two(PART_ELEMENTS // max(1, len(hidden)))
         for words in _slices(len(self.weight), step):
             part = gradient[:, words]
-            of_hidden += part @ self.weight[words]
+            _add(of_hidden, part @ self.weight[words])
             product = part.t() @ hidden  # of no token: zeros
             own = self._weight[words]
-            own.copy_(product) if self._first else own.add_(product)
+            own.copy_(product) if self._first else _add(own, product)
         self._hidden[rows] = of_hidden
         if self.bias is not None:
             summed = gradient.sum(0, dtype=wide)
             self._bias = summed if self._bias is None else self._bias + summed
         self._first = False
+
+
+def _add(total: Tensor, values: Tensor) -> None:
+    if LIBRARY.takes(values) and total.dtype == torch.float32:
+        accumulate_(total, values)
+    else:
+        total += values
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -291,6 +291,7 @@ ROWS = (
     Row("performance.fused_loss", "never", ("operations",)),
     Row("performance.attention", "blockwise", ("operations",)),
     Row("performance.fused_optimizer", "never", ("operations",)),
+    Row("performance.compiled_kernels", "never", ("operations",), {"precision.dtype": "bf16"}),
 )
 
 

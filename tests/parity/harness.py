@@ -29,6 +29,7 @@ from megascale.training.assemble import (
 )
 from megascale.training.datasets import open_corpora, resolve_vocab_size
 from megascale.training.evaluation import evaluate
+from megascale.training.host import prepare_host
 from megascale.training.resume import load_state
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts, train_step
@@ -109,6 +110,7 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
     corpora = open_corpora(config)
     config = resolve_vocab_size(config, corpora)
     cpu = torch.device("cpu")
+    prepare_host(config.performance, cpu)
     mesh = mesh_of(config, cpu)
     task = build_task(config)
     starting = _OtherStart(task, config) if other_start else task
