@@ -120,7 +120,9 @@ def why(run: Run) -> None:
         text = f"job {job.number} is {job.state.lower()}"
         typer.echo(text + (f": it waits for {job.reason}" if job.state == "PENDING" else ""))
     if not done:
-        typer.echo("no attempt has begun")
+        over = [f"job {job.number} is {job.state.lower()}" for job in ours if job.is_over]
+        gone = f" ({', '.join(over)}), or {folder}/attempts is gone" if over else ""
+        typer.echo(f"no attempt has begun{gone}")
         return
     last = done[-1]
     if last.end is None and any(job.state in _AT_WORK for job in alive):
@@ -135,7 +137,18 @@ def why(run: Run) -> None:
         typer.echo(f"{KINDS[last.end.kind].meaning}\n{last.end.text}")
     else:
         state = next((job.state for job in ours if job.number == last.begin.job), "")
-        typer.echo(_cut_off(state, read_json(last.folder / "outcome.json")))
+        typer.echo(_verdict(last) or _cut_off(state, read_json(last.folder / "outcome.json")))
+
+
+def _verdict(attempt: Attempt) -> str:
+    """What the batch script printed of an end that it could not keep, on a full disk; or ""."""
+    try:
+        printed = Path(attempt.begin.log).read_bytes()[attempt.begin.log_start :]
+    except OSError:
+        return ""
+    pattern = rf"^megascale: ({'|'.join(KINDS)})\. .*"
+    found = re.search(pattern, printed.decode(errors="replace"), re.M | re.S)
+    return found.group().split("\nmegascale: 2")[0] if found else ""  # not the next attempt's
 
 
 def _cut_off(state: str, outcome: Mapping[str, Any] | None) -> str:

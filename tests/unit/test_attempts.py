@@ -350,6 +350,21 @@ def test_a_run_whose_folder_was_taken_over_ends(
     later.release()
 
 
+def test_why_where_the_disk_was_too_full_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict stands in the log only."""
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "log").write_text(
+        "0: step 1\nwarning: end.json: No space left on device\n"
+        "megascale: config error. The request cannot work.\nrank 0 failed: No space left\n"
+    )
+    _begin(tmp_path)
+    told = call("jobs", "why", tmp_path).stdout
+    assert "config error. The request cannot work.\nrank 0 failed: No space left" in told
+    assert "without a word" not in told
+
+
 def test_a_run_whose_folder_is_gone_ends_after_its_step(tmp_path: Path) -> None:
     """Before it makes a new folder with a part of the run in it."""
     lock = RunLock(str(tmp_path / "run"))
