@@ -71,10 +71,12 @@ def soak(arguments: argparse.Namespace, folder: Path) -> int:
             print(f"kill {kill}: steps {steps}, intact {intact}, before {newest}", flush=True)
         newest = max(intact, default=0)
         lost += _changed(losses, output / "metrics.jsonl")
-    print(
-        f"{arguments.kills} kills, {halves} in the middle of a save, newest step {newest}, "
-        f"{lost} lost"
-    )
+        if kill % 10 == 9 or kill == arguments.kills - 1:
+            print(
+                f"{kill + 1} kills, {halves} in the middle of a save, newest step {newest}, "
+                f"{lost} lost",
+                flush=True,
+            )
     return 1 if lost else 0
 
 

@@ -47,10 +47,10 @@ class Snapshot:
             ready: of `mark_ready`, where the data is on a GPU.
         """
         sizes = [-(-f.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for f in fragments]
-        places = self._at_least(sum(sizes), pinned=ready is not None).split(sizes)
-        stream = None if ready is None else torch.cuda.Stream(fragments[0].tensor.device)
-        if stream is not None:
-            assert ready is not None
+        device = next((f.tensor.device for f in fragments if f.tensor.is_cuda), None)
+        places = self._at_least(sum(sizes), pinned=device is not None).split(sizes)
+        stream = None if device is None else torch.cuda.Stream(device)
+        if stream is not None and ready is not None:
             stream.wait_event(ready)
         copies = []
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -72,16 +72,15 @@ class Snapshot:
         return self._memory[:size]
 
 
-def mark_ready(fragments: Sequence[Fragment]) -> torch.cuda.Event | None:
-    """A point in the GPU's work after which the fragments' data is there; None on a CPU.
+def mark_ready() -> torch.cuda.Event | None:
+    """A point in the GPU's work after which all that was asked for is done; None without a GPU.
 
     To be called in the thread that trains, when it has asked for all that changes the data.
     """
-    on_gpu = next((f.tensor for f in fragments if f.tensor.is_cuda), None)
-    if on_gpu is None:
+    if not torch.cuda.is_initialized():
         return None
     event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(on_gpu.device))
+    event.record(torch.cuda.current_stream())
     return event
 
 

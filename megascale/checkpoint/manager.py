@@ -209,8 +209,9 @@ class CheckpointManager(CheckpointFolder):
     ) -> str:
         """Write the checkpoint of `step`, then prune; collective. Returns its path.
 
-        Asynchronous: first waits for the save before. Then the fragments' data must not change
-        until `wait_until_copied` returns; everything else may.
+        Asynchronous: first waits for the save before. Then the fragments, which are listed in the
+        background, and their data must not change until `wait_until_copied` returns; everything
+        else may.
 
         Args:
             fragments: what this rank owns; each element is on one rank.
@@ -221,20 +222,24 @@ class CheckpointManager(CheckpointFolder):
             UserError: this save, or the one before in the background, failed on some rank.
         """
         self.finish()
-        ranks, owned, held = self._ranks, list(fragments), list(replicas)
+        ranks = self._ranks
         frozen = json.loads(json.dumps(state))
         content = Content(
-            step, owned, torch.get_rng_state(), frozen, dict(attachments), self._asynchronous
+            step, (), torch.get_rng_state(), frozen, dict(attachments), self._asynchronous
         )
         kept = [] if keep is None else [keep]
+
+        def mine() -> list[Fragment]:
+            return self._shares.own(list(fragments), list(replicas), ranks)
+
         if self._asynchronous:
-            ready = mark_ready([*held, *owned])
+            ready = mark_ready()
             self._task.start(
-                lambda: self._snapshot.take(self._shares.own(owned, held, ranks), ready),
+                lambda: self._snapshot.take(mine(), ready),
                 lambda copies: self._write(replace(content, fragments=copies), kept),
             )
             return self.path(step)
-        content = replace(content, fragments=self._shares.own(owned, held, ranks))
+        content = replace(content, fragments=mine())
         if self._staging is not None:
             self._write_to(self._staging, content)
             self._task.start(lambda: step, lambda staged: self._upload(staged, kept))

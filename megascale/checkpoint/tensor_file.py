@@ -187,7 +187,7 @@ class TensorFile:
         self._read_into(out, entry.begin + start * out.element_size(), key)
         return out
 
-    def read_runs(self, key: str, runs: Sequence[tuple[int, int, int]], out: torch.Tensor) -> None:
+    def read_runs(self, key: str, runs: Sequence[tuple[int, int, int]], out: torch.Tensor) -> int:
         """Read several ranges of the flattened `key` into 1-D `out`.
 
         Args:

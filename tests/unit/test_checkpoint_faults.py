@@ -621,17 +621,17 @@ def test_what_changes_after_the_snapshot_is_not_saved(tmp_path: Path) -> None:
         str(tmp_path), asynchronous=True, storage=Storage(str(tmp_path), slow)
     )
     fragments = _fragments(0, 1, 2.0)
-    state: dict[str, Any] = {"callbacks": {"x": 1}}
+    state: dict[str, Any] = {"callbacks": {"x": {"y": 1}}}
     manager.save(2, fragments, state, {})
     manager.wait_until_copied()
     assert manager.is_busy()
     fragments[0].tensor.fill_(-1.0)
-    state["callbacks"]["x"] = 2
+    state["callbacks"]["x"]["y"] = 2
     gate.set()
     manager.finish()
     assert _newest(tmp_path)[0] == 2
     assert CheckpointReader(str(tmp_path / "step_00000002")).manifest.state == {
-        "callbacks": {"x": 1}
+        "callbacks": {"x": {"y": 1}}
     }
 
 
