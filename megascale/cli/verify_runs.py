@@ -166,7 +166,8 @@ class Verification:
             judged.result()
 
     def _compare(self, chosen: Layout) -> Row:
-        from megascale.verification.compare import TOLERANCES, compare
+        from megascale.engine.capabilities import choose_engine
+        from megascale.verification.compare import FP32, FP32_ALONE, TOLERANCES, compare
         from megascale.verification.record import read_record
         from megascale.verification.report import Row
 
@@ -175,6 +176,8 @@ class Verification:
             settings = changes(self.config, self.overrides, variant)
             checked = load(self.config, [*self.overrides, *settings], chosen)
             tolerance = TOLERANCES[checked.precision.dtype]
+            if tolerance is FP32 and choose_engine(checked) == "deepspeed":
+                tolerance = FP32_ALONE
             with ExitStack() as stack:
                 found = read_record(self.folder / str(chosen) / variant, chosen.world_size)
                 stack.callback(found.close)

@@ -19,7 +19,8 @@ class PerformanceConfig(Section):
     """How attention without dropout or soft-cap is computed: torch's fused kernel, or a block of
     queries at a time; auto: the second in bf16 and fp16 on CPU, where it is faster."""
     fused_optimizer: Choice = "auto"
-    """Whether adamw and sgd update a tensor in one pass over it; auto: yes."""
+    """Whether adamw and sgd update a tensor in one pass over it; auto: yes, except on the CPU where
+    copies of a weight lie at different places of DeepSpeed's flat partitions."""
     compiled_kernels: Choice = "auto"
     """Whether softmax and GELU on CPU are C++ that is compiled at the first use on a machine; auto:
     in bf16, where a compiler is found; always: in fp32, too."""

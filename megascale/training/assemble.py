@@ -247,7 +247,7 @@ def assemble_engine(
     recompute(blocks, config.parallel.activation_recomputation)
     module = module.to_empty(device=device)
     (start or task).initialize(module, placements)
-    recipe = optimizer_recipe(config)
+    recipe = optimizer_recipe(config, device)
     engine = build_engine(config, module, blocks, recipe, mesh, placements, layout)
     limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))  # the engine's own groups
     return engine
@@ -287,7 +287,7 @@ def context_group(config: Config, mesh: ParallelMesh) -> ContextGroup:
     )
 
 
-def optimizer_recipe(config: Config) -> OptimizerRecipe:
+def optimizer_recipe(config: Config, device: torch.device) -> OptimizerRecipe:
     """How every engine builds the config's optimizer."""
     optimizer = config.optimizer
     settings = OptimizerSettings(
@@ -296,7 +296,7 @@ def optimizer_recipe(config: Config) -> OptimizerRecipe:
         optimizer.betas,
         optimizer.eps,
         optimizer.momentum,
-        fused=config.performance.fused_optimizer != "never",
+        fused=_fuses_optimizer(config, device),
     )
 
     def build(
@@ -321,6 +321,21 @@ def optimizer_recipe(config: Config) -> OptimizerRecipe:
         grad_clip=optimizer.grad_clip,
         state_shapes=partial(state_shapes, optimizer.name) if keeps_state else None,
     )
+
+
+def _fuses_optimizer(config: Config, device: torch.device) -> bool:
+    """Whether an update is one pass.
+
+    On CPUs torch's fused kernels round the last elements of a tensor, too few for a vector, unlike
+    all others. DeepSpeed steps on flat partitions, in which the copies that tensor-parallel ranks
+    or two pipeline stages hold of one weight lie at different places: they would drift apart.
+    """
+    choice, parallel = config.performance.fused_optimizer, config.parallel
+    if choice != "auto":
+        return choice == "always"
+    holds_copies = parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
+    is_flat = choose_engine(config, device.type) == "deepspeed"
+    return not (is_flat and holds_copies and device.type == "cpu")
 
 
 def build_schedule(config: Config) -> LearningRateSchedule:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megascale.verification.layout import Layout
-from megascale.verification.record import RunRecord
+from megascale.verification.record import Part, RunRecord, joined
 
 _CLOSE = 1e-3
 """Relative agreement of two sums of squares that counts as the same."""
@@ -26,7 +26,31 @@ def norm_cause(found: RunRecord, expected: RunRecord, step: int, layout: Layout)
     for name, squares in _parts(found, expected, step, layout):
         if squares > 0 and abs(abs(difference) / squares - 1) < _CLOSE:
             return f"the squares of {name} are {word} in the norm"
+    for axes, squares in _without_axes(found, expected, step, layout):
+        if abs(found.norms[step] ** 2 / max(squares, 1e-300) - 1) < _CLOSE:
+            return f"the sum over the {axes} ranks is missing in the norm"
     return ""
+
+
+def _without_axes(
+    found: RunRecord, expected: RunRecord, step: int, layout: Layout
+) -> Iterator[tuple[str, float]]:
+    """(axes, what rank 0 gets when it does not sum over them)."""
+    shape = (layout.pp, layout.dp, layout.cp, layout.tp)
+    grid = np.arange(layout.world_size).reshape(shape)
+    for axes, numbers in (("tp", (3,)), ("dp", (1,)), ("cp", (2,)), ("dp x cp", (1, 2))):
+        if all(shape[axis] > 1 for axis in numbers):
+            index = tuple(0 if axis in numbers else slice(None) for axis in range(4))
+            ranks = set(np.ravel(grid[index]).tolist())
+            yield axes, sum(_squares(found, step, name, ranks) for name in expected.names)
+
+
+def _squares(found: RunRecord, step: int, name: str, ranks: set[int]) -> float:
+    """Sum of squares of the elements of a gradient that some of `ranks` hold."""
+    row = found.rows("grad").index(step)
+    blocks = found.blocks("grad", name, row, row + 1)
+    whole = joined(block for block in blocks if block[0] in ranks)
+    return 0.0 if whole is None else float(np.nansum(np.square(whole)))
 
 
 def _parts(
@@ -41,7 +65,15 @@ def _parts(
         if layout.pp > 2:
             others = sum(squares[name] for name in set(squares) - names)
             yield f"all gradients but pipeline rank {stage}'s", others
+    if layout.tp > 1:
+        copied = {part.name for part in found.ranks[0].values() if _is_whole(part)}
+        each = (layout.tp - 1) * sum(squares[name] for name in copied)
+        yield f"what all {layout.tp} tensor-parallel ranks hold whole, by each of them,", each
     yield from squares.items()
+
+
+def _is_whole(part: Part) -> bool:
+    return all(interval == (0, n) for interval, n in zip(part.box, part.global_shape, strict=True))
 
 
 def _names_by_stage(found: RunRecord, layout: Layout) -> list[set[str]]:

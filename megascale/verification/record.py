@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,9 @@ class Part:
 START = -1
 """The "step" of the weights before the first one."""
 
+OUTPUT_STEPS = 2
+"""Steps of which outputs of modules are summed: the second one shows weights that are stale."""
+
 TENSOR_STEPS = 20
 """Gradients and weights are kept of so many steps and of the last one; losses and norms of all."""
 
@@ -77,7 +80,7 @@ class RecordingEngine:
         self._step = 0
         self.parts: dict[str, Part] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        self.outputs = OutputSums()
+        self.outputs = [OutputSums() for _ in range(min(steps, OUTPUT_STEPS))]
         self._keep("master", START)
 
     def __getattr__(self, name: str) -> Any:
@@ -87,9 +90,13 @@ class RecordingEngine:
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
     ) -> torch.Tensor:
         """See `Engine.forward_backward`."""
-        watching = self.outputs.watching(self._engine.module) if not self._step else nullcontext()
-        with watching:
+        with self._watching():
             return self._engine.forward_backward(micro_batches, total_targets)
+
+    def _watching(self) -> AbstractContextManager[None]:
+        if self._step < len(self.outputs):
+            return self.outputs[self._step].watching(self._engine.module)
+        return nullcontext()
 
     def step(self, lr: float) -> StepOutcome:
         """See `Engine.step`."""
@@ -165,7 +172,7 @@ def record_run(
         "norms": norms,
         "samples": samples,
         "dp_rank": mesh.dp_rank,
-        "outputs": recorder.outputs.sums,
+        "outputs": [outputs.sums for outputs in recorder.outputs],
         "sent": {" ".join(key): size for key, size in sorted(counter.bytes.items())},
         "held": asdict(live_bytes(recorder)),
         "parts": [asdict(part) for part in recorder.parts.values()],
@@ -185,7 +192,7 @@ class RunRecord:
         samples: by step, sample ids in global order.
         agree: by step, whether all ranks reported the same loss.
         ranks: rank -> its parts by (kind, name).
-        outputs: (mean, root mean square) of what each module put out in the first step, in the
+        outputs: of the first steps, (mean, root mean square) of what each module put out, in the
             order of the forward.
         sent: bytes of the collectives of the last step on rank 0, by axis and kind.
         held: bytes that live on rank 0 after it: weights, masters, states.
@@ -196,7 +203,7 @@ class RunRecord:
     samples: list[list[int]]
     agree: list[bool]
     ranks: list[dict[tuple[str, str], Part]]
-    outputs: dict[str, tuple[float, float]]
+    outputs: list[dict[str, tuple[float, float]]]
     sent: dict[str, int]
     held: dict[str, int]
     files: list[TensorFile]
@@ -226,7 +233,8 @@ class RunRecord:
         for rank, parts in enumerate(self.ranks):
             part = parts.get((kind, name))
             if part is not None:
-                flat = self.files[rank].read(part.key, first * part.numel, end * part.numel)
+                count = (end - first) * part.numel
+                flat = self.files[rank].read(part.key, first * part.numel, count)
                 yield rank, part, flat.numpy().reshape(end - first, part.numel)
 
     def copies(self, step: int, kind: str, name: str) -> Iterator[tuple[int, Part, np.ndarray]]:
@@ -290,7 +298,7 @@ def read_record(folder: Path, world_size: int) -> RunRecord:
             len(set(losses)) == 1 for losses in zip(*(c["losses"] for c in curves), strict=True)
         ],
         ranks=ranks,
-        outputs=pooled(curve["outputs"] for curve in curves),
+        outputs=[pooled(sums) for sums in zip(*(c["outputs"] for c in curves), strict=True)],
         sent=curves[0]["sent"],
         held=curves[0]["held"],
         files=files,

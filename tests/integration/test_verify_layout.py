@@ -14,6 +14,7 @@ from megascale.cli.config import all_checks
 from megascale.config.load import load_config
 from megascale.errors import UserError
 from megascale.verification.compare import FP32, TOLERANCES, Verdict, compare
+from megascale.verification.distances import distances
 from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
 from megascale.verification.record import read_record, record_run
 from tests.distributed import Pools
@@ -30,12 +31,12 @@ MODEL = {
 }
 
 
-def _record(settings: dict[str, Any], folder: str, layout: Layout) -> None:
+def _record(settings: dict[str, Any], folder: str, layout: Layout, steps: int = 2) -> None:
     """Runs on every rank."""
     config = load_config(
         settings, layout.overrides(), checks=all_checks(), world_size=layout.world_size
     )
-    record_run(config, torch.device("cpu"), 2, Path(folder) / str(layout))
+    record_run(config, torch.device("cpu"), steps, Path(folder) / str(layout))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,29 @@ def test_a_cut_sequence_in_half_precision(
         verdict = compare(found, reference, ring, TOLERANCES[dtype], micro=4, lr=0.1)
         assert verdict.first is None, verdict.first
         assert verdict.gradient > FP32.gradient  # it did compute in half precision
+
+
+FLAT = Layout(tp=2, zero=3, engine="deepspeed")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_copies_of_a_weight_stay_alike_in_flat_partitions(
+    pools: Pools, token_prefix: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """An uneven cut puts them at different places of DeepSpeed's partitions: not one bit differs.
+
+    torch's fused updates round the last few elements of a tensor otherwise than all others.
+    """
+    settings = settings_of(token_prefix, {**MODEL, "optimizer.name": optimizer})
+    settings["optimizer"] = {"name": optimizer, "lr": 1e-2, "grad_clip": 0.0}
+    settings["train"]["global_batch_size"] = 2
+    pools(2).run(_record, settings=settings, folder=str(tmp_path), layout=FLAT, steps=12)
+    found = read_record(tmp_path / str(FLAT), 2)
+    with contextlib.closing(found):
+        assert found.ranks[0].keys() == found.ranks[1].keys()
+        drift = distances(found, found).drift
+    assert drift
+    assert not [key for key, steps in drift.items() if steps.any()]
 
 
 def test_layouts_are_parsed_and_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megascale.errors import UserError
 from megascale.parallel.mesh import build_mesh
 from megascale.parallel.pipeline import Action, PipelineLayout, cut_chunks
 from megascale.planner.timeline import play, schedule_orders
+from megascale.training.evaluation import evaluate
 from megascale.training.state import TrainState
 from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
@@ -25,6 +27,7 @@ from tests.parity.harness import (
     save_rank,
     set_up,
 )
+from tests.parity.test_context_parallel import continued
 from tests.parity.test_engines import assert_same, settings_of
 from tests.parity.test_tensor_parallel import GPT, LLAMA, SGD
 
@@ -210,6 +213,73 @@ def test_resume_in_another_layout(pools: Pools, token_prefix: Path, tmp_path: Pa
     resumed = pools(2).run(resume_rank, settings=settings, folder=folder, steps=4)
     for found, expected in zip(resumed[0], straight[0], strict=True):
         assert relative(found, expected) < 1e-5
+
+
+def _ahead_rank(settings: dict[str, Any], folder: str) -> tuple[float, int]:
+    """Runs on every rank: the validation loss, where rank 1 begins after rank 0's third forward."""
+    setup = set_up(settings)
+    pipeline, mesh = setup.engine.pipeline, setup.mesh
+    module, third = pipeline._module, Path(folder) / "third"
+    done = 0
+
+    def forward(**inputs: Any) -> Any:
+        nonlocal done
+        if mesh.pp_rank:
+            deadline = time.monotonic() + 60
+            while not third.exists():
+                assert time.monotonic() < deadline, "rank 0 waits for the result of each forward"
+                time.sleep(0.01)
+        out = module(**inputs)
+        done += 1
+        if mesh.pp_rank == 0 and done == 3:
+            third.touch()
+        return out
+
+    pipeline._module = forward
+    result = evaluate(setup.engine, setup.valid, mesh, setup.parts.device)
+    setup.engine.close()
+    return result.loss, done
+
+
+@pytest.mark.parametrize(
+    ("schedule", "v", "engine", "stage"), [("1f1b", 1, "torch", 0), ("1f1b", 1, "deepspeed", 1)]
+)
+def test_validation_fills_the_pipeline(
+    pools: Pools,
+    token_prefix: Path,
+    tmp_path: Path,
+    schedule: str,
+    v: int,
+    engine: str,
+    stage: int,
+) -> None:
+    """No rank waits for a micro-batch's end before it begins the next one."""
+    alone = settings_of(token_prefix, {**MODELS["gpt"], "parallel.engine": "torch"})
+    (expected,) = pools(1).run(record_rank, settings=alone, steps=0)
+    changes = {**MODELS["gpt"], **pipeline(schedule, 2, v, engine, stage)}
+    settings = settings_of(token_prefix, changes)
+    for loss, forwards in pools(2).run(_ahead_rank, settings=settings, folder=str(tmp_path)):
+        assert relative(loss, expected["valid"][0]) < 1e-5
+        assert forwards > 3
+
+
+@pytest.mark.parametrize(
+    "parallel", [("1f1b", 2, 1, "torch", 3), ("zbv", 2, 2, "deepspeed", 1)], ids=str
+)
+def test_text_samples_come_through_the_pipeline(
+    pools: Pools, token_prefix: Path, parallel: tuple
+) -> None:
+    """The logits that a text is continued from are those of one process, on every rank."""
+    for length in (1, 7):
+        (alone,), cut = (
+            pools(world).run(continued, settings=settings_of(token_prefix, changes), length=length)
+            for world, changes in (
+                (1, {**MODELS["gpt"], "parallel.engine": "torch"}),
+                (2, {**MODELS["gpt"], **pipeline(*parallel)}),
+            )
+        )
+        for logits in cut:
+            assert relative(logits.numpy(), alone.numpy()) < 1e-5
 
 
 def trace_rank(settings: dict[str, Any]) -> list[Action]:
