@@ -27,14 +27,17 @@ import torch
 
 @dataclass(frozen=True)
 class Job:
-    """A model and its batches; GPT-2's architecture with tied embeddings and without dropout.
+    """A model and its batches; GPT-2's or BERT's architecture with tied embeddings and without
+    dropout.
 
     Attributes:
+        model: gpt, or bert, with the masked-LM objective alone.
         vocab_size: of the model; token ids are below `vocab_size` - 47, as 50,257 of 50,304.
         dtype: fp32 or bf16, as each stack means it (autocast, or bf16 weights with fp32 masters).
         warmup, steps: steps that are not measured, and those that are.
     """
 
+    model: str = "gpt"
     num_layers: int = 6
     hidden_size: int = 384
     num_heads: int = 6
@@ -57,8 +60,11 @@ class Job:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward as PaLM counts them (arXiv:2204.02311, appendix B)."""
-        matrices = self.num_layers * 12 * self.hidden_size**2 + self.vocab_size * self.hidden_size
+        """Forward and backward as PaLM counts them (arXiv:2204.02311, appendix B); of a BERT the
+        head is counted for the masked tokens only."""
+        seen = MASKED if self.model == "bert" else 1.0
+        head = self.vocab_size * self.hidden_size
+        matrices = self.num_layers * 12 * self.hidden_size**2 + seen * head
         return 6 * matrices + 12 * self.num_layers * self.seq_length * self.hidden_size
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +76,18 @@ class Job:
         size = (self.micro_batch_size, self.seq_length + 1)
         drawn = torch.from_numpy(generator.choice(ids, size=size, p=weights / weights.sum()))
         return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+    def masked_batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels of a step of a BERT: at 15 % of the places the last id stands instead
+        of the token, which is the label there; elsewhere it is -100."""
+        tokens, _ = self.batch(index)
+        generator = torch.Generator().manual_seed(index)
+        chosen = torch.rand(tokens.shape, generator=generator) < MASKED
+        return tokens.masked_fill(chosen, self.vocab_size - 1), tokens.masked_fill(~chosen, -100)
+
+
+MASKED = 0.15
+"""Share of a BERT's tokens that are predicted."""
 
 
 def job_of_command_line() -> tuple[Job, argparse.Namespace]:

@@ -1,4 +1,4 @@
-"""transformers' Trainer on its GPT-2 (needs accelerate)."""
+"""transformers' Trainer on its GPT-2 or BERT (needs accelerate)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -19,8 +22,21 @@ from transformers import (
 from tools.bench.job import Job, Meter, job_of_command_line
 
 
-def model_of(job: Job) -> GPT2LMHeadModel:
+def model_of(job: Job) -> PreTrainedModel:
     """The job's model as transformers builds it."""
+    if job.model == "bert":
+        return BertForMaskedLM(
+            BertConfig(
+                vocab_size=job.vocab_size,
+                max_position_embeddings=job.seq_length,
+                hidden_size=job.hidden_size,
+                num_hidden_layers=job.num_layers,
+                num_attention_heads=job.num_heads,
+                intermediate_size=4 * job.hidden_size,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=job.vocab_size,
@@ -37,17 +53,21 @@ def model_of(job: Job) -> GPT2LMHeadModel:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """The job's rows; the model shifts the labels itself."""
+    """The job's rows; the model shifts the labels of a GPT itself."""
 
     def __init__(self, job: Job) -> None:
-        count = job.warmup + job.steps
-        self._rows = torch.cat([job.batch(index)[0] for index in range(count)])
+        steps = range(job.warmup + job.steps)
+        if job.model == "bert":
+            batches = [job.masked_batch(index) for index in steps]
+        else:
+            batches = [(job.batch(index)[0],) * 2 for index in steps]
+        self._rows, self._labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._rows[index], "labels": self._rows[index]}
+        return {"input_ids": self._rows[index], "labels": self._labels[index]}
 
 
 class _Clock(TrainerCallback):

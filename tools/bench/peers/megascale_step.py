@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch.distributed as dist
 
 from megascale.cli.config import all_checks
 from megascale.config.load import load_config
+from megascale.config.schema import Config
+from megascale.data.protocol import IGNORE_LABEL
 from megascale.data.token_file import TokenFileWriter, token_dtype
-from megascale.training.assemble import assemble_step
+from megascale.training.assemble import assemble_engine, assemble_step, build_schedule, mesh_of
+from megascale.training.host import prepare_host
 from megascale.training.state import TrainState
 from megascale.training.step import train_step
+from megascale.training.tasks.registry import build_task
 from tools.bench.job import Job, Meter, job_of_command_line
 
 # variant -> settings that make it
@@ -36,12 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def config_of(job: Job, variant: str, folder: Path) -> dict[str, Any]:
     """The job as a config; its batches become a dataset below `folder`."""
     steps = job.warmup + job.steps
+    bert = {"family": "bert", "activation": "gelu", "norm_eps": 1e-12}
     with TokenFileWriter(folder / "data", token_dtype(job.vocab_size)) as writer:
         for index in range(steps + 2):
             writer.add_document([job.batch(index)[0].numpy().ravel()])
     return {
         "run": {"output_dir": str(folder / "out"), "device": "cpu"},
         "model": {
+            **(bert if job.model == "bert" else {}),
             "num_layers": job.num_layers,
             "hidden_size": job.hidden_size,
             "num_attention_heads": job.num_heads,
@@ -67,6 +74,38 @@ def config_of(job: Job, variant: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def whole_step(config: Config) -> Callable[[int], float]:
+    """The step of `megascale train`."""
+    parts, state = assemble_step(config, torch.device("cpu")), TrainState()
+    return lambda _: train_step(parts, state).loss
+
+
+def masked_step(config: Config, job: Job) -> Callable[[int], float]:
+    """The step of a BERT on the job's own batches: what `train_step` does but for the loader, whose
+    masking would not be that of the other stacks."""
+    device = torch.device("cpu")
+    prepare_host(config.performance, device)
+    mesh = mesh_of(config, device)
+    engine = assemble_engine(config, build_task(config), mesh, device)
+    schedule = build_schedule(config)
+
+    def step(index: int) -> float:
+        tokens, labels = job.masked_batch(index)
+        batch = {
+            "input_ids": tokens,
+            "labels": labels,
+            "token_type_ids": torch.zeros_like(tokens),
+            "attention_mask": torch.ones_like(tokens),
+            "sample_ids": torch.arange(len(tokens)) + index * len(tokens),
+        }
+        targets = (labels != IGNORE_LABEL).sum().double()[None]
+        loss = (engine.forward_backward([batch], targets).double() / targets).sum().item()
+        engine.step(schedule.lr_at(index))
+        return loss
+
+    return step
+
+
 def main() -> None:
     """Run the job."""
     job, arguments = job_of_command_line()
@@ -74,13 +113,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tree = config_of(job, arguments.variant, Path(folder))
         config = load_config(tree, checks=all_checks(), world_size=1)
-        parts = assemble_step(config, torch.device("cpu"))
-        state, meter = TrainState(), Meter(job)
-        for _ in range(job.warmup + job.steps):
+        meter = Meter(job)
+        step = masked_step(config, job) if job.model == "bert" else whole_step(config)
+        for index in range(job.warmup + job.steps):
             meter.begin()
-            meter.end(train_step(parts, state).loss)
+            meter.end(step(index))
         meter.report()
-        parts.loader.close()
     dist.destroy_process_group()
 
 
