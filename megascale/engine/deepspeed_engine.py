@@ -23,6 +23,7 @@ from deepspeed.utils import groups, safe_get_local_grad
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
+from megascale.engine.buckets import reduce_bucket
 from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.mpu import Mpu
 from megascale.engine.pipeline import Pipeline
@@ -34,7 +35,6 @@ from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
 
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
-_MAX_BUCKET = 50_000_000
 
 
 def _configuration(
@@ -53,8 +53,7 @@ def _configuration(
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for one of our layouts."""
     on_cpu = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    bucket = min(_MAX_BUCKET, sum(p.numel() for p in module.parameters()))
-    bucket += bucket % 2  # stages 1 and 2 refuse a bucket that is no multiple of their alignment
+    bucket = reduce_bucket(sum(p.numel() for p in module.parameters()))
     return {
         "train_batch_size": micro_batch_size * num_micro_batches * data_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -70,7 +69,6 @@ def _configuration(
         "fp16": {"enabled": dtype == torch.float16, "loss_scale": scaling.initial_scale},
         "zero_optimization": {
             "stage": stage,
-            # the default of 5e8 elements would allocate 2 GB of fp32 buffer for any model
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             # the values that transformers' integration derives for "auto"

@@ -77,10 +77,13 @@ def main() -> None:
     parser.add_argument("--stacks", default="ours torch,ours deepspeed,deepspeed,fsdp2,ddp")
     parser.add_argument("--allocator", default="default", choices=list(allocators()))
     parser.add_argument("--json", type=Path, help="write the results here, too")
+    parser.add_argument("--more", action="store_true", help="add to the cases of the JSON file")
     arguments = parser.parse_args()
     job = replace(JOB, **json.loads(arguments.job))
     wanted = arguments.stacks.split(",")
     raw = {}
+    if arguments.more and arguments.json.exists():
+        raw = json.loads(arguments.json.read_text())["raw"]["cases"]
     for name, (stack, module, variant) in cases().items():
         if stack not in wanted:
             continue

@@ -26,7 +26,7 @@ Step = Callable[[Sequence[Batch]], float]
 
 
 def start_ranks(
-    module: str, job: Job, variant: str, ranks: int, library: str = "", timeout_s: float = 300
+    module: str, job: Job, variant: str, ranks: int, library: str = "", timeout_s: float = 1800
 ) -> list[dict[str, Any]]:
     """Run `tools.bench.peers.MODULE` on so many processes; what each of them printed.
 
