@@ -64,7 +64,10 @@ def test_scaling_is_the_median_of_the_rounds_ratios() -> None:
 
     rounds = [[one(4.0, 1.0), one(2.0, 0.9)], [one(6.0, 0.8), one(4.0, 0.7)]]
     rounds.append([one(5.0, 1.0), one(2.5, 1.0)])
-    assert scaling._cells(rounds) == ["5.00", "2.50", "2.00x", "1.00", "0.90", "3"]
+    cells = ["5.00", "2.50", "2.00x", "1.00", "0.90", "2.00x", "3"]
+    assert scaling._cells(rounds) == cells
+    waited = [[one(4.0, 1.0), one(4.0, 0.5)]]
+    assert scaling._cells(waited)[2:6] == ["1.00x", "1.00", "0.50", "2.00x"]
 
 
 def test_a_start_is_the_median_round(monkeypatch: pytest.MonkeyPatch) -> None:
