@@ -24,6 +24,6 @@ assert not loaded, loaded
 
 def test_deepspeeds_muon_does_not_load_the_compiler() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr

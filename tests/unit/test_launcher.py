@@ -303,7 +303,7 @@ def test_forked_ranks_are_like_started_ones(tmp_path: Path, how: str, code: int,
         env={**os.environ, "OMP_NUM_THREADS": "3"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == code, done.stderr
     assert said in done.stderr
