@@ -257,7 +257,9 @@ class ReplicatedEngine(TorchEngine):
     def _attach_sinks(self) -> None:
         for part in self.module.modules():
             if isinstance(part, (TokenEmbedding, VocabParallelEmbedding)):
-                attach_sink(part.weight, ReducerSink(self._reducer, part.weight))
+                weight = part.weight
+                assert isinstance(weight, nn.Parameter)
+                attach_sink(weight, ReducerSink(self._reducer, weight))
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
