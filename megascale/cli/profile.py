@@ -84,11 +84,20 @@ def _show(found: Profile, memory: int, folder: Path, console: Console) -> None:
         ("Kind of work", found.kinds),
     ):
         console.print(_table(title, shares, found.wall_seconds))
+    if found.collectives:
+        console.print(_collectives(found))
     gap = Table("What the step's time is", "ms", "share")
     for reason, seconds in found.gap():
         gap.add_row(reason, f"{seconds * 1e3:.1f}", f"{seconds / found.wall_seconds:.0%}")
     console.print(gap)
     console.print(f"traces and numbers: {folder}", soft_wrap=True)
+
+
+def _collectives(found: Profile) -> Table:
+    table = Table("Collective, beside the step", "calls", "ms")
+    for name, one in sorted(found.collectives.items(), key=lambda item: -item[1].seconds):
+        table.add_row(name, f"{one.calls:.0f}", f"{one.seconds * 1e3:.1f}")
+    return table
 
 
 def _table(title: str, shares: dict[str, Share], whole: float) -> Table:

@@ -7,6 +7,7 @@ Stage 0 never runs here (silently wrong in half precision).
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import warnings
@@ -22,6 +23,7 @@ from deepspeed.utils import groups, safe_get_local_grad
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
+from megascale.engine.buckets import reduce_bucket
 from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.mpu import Mpu
 from megascale.engine.pipeline import Pipeline
@@ -33,11 +35,11 @@ from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
 
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
-_MAX_BUCKET = 50_000_000
 
 
 def _configuration(
     module: nn.Module,
+    device: torch.device,
     dtype: torch.dtype,
     stage: int,
     micro_batch_size: int,
@@ -50,9 +52,8 @@ def _configuration(
     pipelined: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for one of our layouts."""
-    on_cpu = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
-    bucket = min(_MAX_BUCKET, sum(p.numel() for p in module.parameters()))
-    bucket += bucket % 2  # stages 1 and 2 refuse a bucket that is no multiple of their alignment
+    on_cpu = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    bucket = reduce_bucket(sum(p.numel() for p in module.parameters()))
     return {
         "train_batch_size": micro_batch_size * num_micro_batches * data_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -68,7 +69,6 @@ def _configuration(
         "fp16": {"enabled": dtype == torch.float16, "loss_scale": scaling.initial_scale},
         "zero_optimization": {
             "stage": stage,
-            # the default of 5e8 elements would allocate 2 GB of fp32 buffer for any model
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             # the values that transformers' integration derives for "auto"
@@ -98,6 +98,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         module: nn.Module,
+        device: torch.device,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
@@ -121,33 +122,46 @@ class DeepSpeedEngine:
         self._num_micro_batches = num_micro_batches
         self.placements = placements
         self._layout = layout
-        _mark(module, placements, mesh, layout)
-        self._device = next(module.parameters()).device
-        # DeepSpeed makes its fp32 masters from the rounded weights; ours are not rounded.
-        exact = {} if dtype == torch.float32 else _copies(module)
-        optimizer = recipe.build(list(module.named_parameters()))
+        self._device = device
         _silence()
         # Compiled at first use even for gloo; a killed build leaves a lock that hangs all later
         # runs without a word. torch's gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        _import_its_muon()
+        configuration = _configuration(
+            module,
+            device,
+            dtype,
+            stage,
+            micro_batch_size,
+            num_micro_batches,
+            mesh.data_size,
+            recipe.grad_clip,
+            hidden_size,
+            scaling,
+            offload,
+            layout is not None,
+        )
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        mpu = Mpu(mesh) if mesh.tp_size > 1 or layout is not None else None
+        if stage == 3 and mesh.data_size > 1:
+            deepspeed.zero.Init(  # divides the parameters one by one
+                module=_OneByOne(module.to(dtype), device),
+                data_parallel_group=mesh.data_group,
+                config_dict_or_path=configuration,
+                mpu=mpu,
+                dtype=dtype,
+            )
+        else:
+            list(_OneByOne(module.to(dtype), device).parameters())
+        _mark(module, placements, mesh, layout)
+        optimizer = _build_optimizer(recipe, module, shapes)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            mpu=Mpu(mesh) if mesh.tp_size > 1 or layout is not None else None,
-            config=_configuration(
-                module,
-                dtype,
-                stage,
-                micro_batch_size,
-                num_micro_batches,
-                mesh.data_size,
-                recipe.grad_clip,
-                hidden_size,
-                scaling,
-                offload,
-                layout is not None,
-            ),
+            mpu=mpu,
+            config=configuration,
         )
         self._zero = self._engine.optimizer
         self.module: nn.Module = self._engine.module
@@ -158,9 +172,6 @@ class DeepSpeedEngine:
             _require_equal_groups(len(self._zero.param_groups), mesh)
             self.pipeline = Pipeline(self.module, layout, mesh, dtype)
             self._engine.enable_backward_allreduce = False  # _run_pipeline reduces
-        for fragment in self.fragments(["master"], replicas=True) if exact else ():
-            part = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
-            fragment.tensor.copy_(part)
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor
@@ -416,8 +427,65 @@ def _require_equal_groups(count: int, mesh: ParallelMesh) -> None:
         )
 
 
-def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+class _OneByOne(nn.Module):
+    """A module on the meta device whose parameters take memory as they are asked for.
+
+    DeepSpeed rounds what it finds there into its masters. The initial weights are written into
+    these afterwards; until then there are zeros.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self._parts = [module]  # in a list: no submodule
+        self._taken_to = device
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Every parameter, after it was replaced in its module by zeros on the device."""
+        replaced: dict[int, nn.Parameter] = {}
+        for part in self._parts[0].modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if id(parameter) not in replaced:
+                    zeros = torch.zeros_like(parameter, device=self._taken_to)
+                    replaced[id(parameter)] = nn.Parameter(zeros)
+                    yield replaced[id(parameter)]
+                setattr(part, name, replaced[id(parameter)])
+
+
+def _build_optimizer(
+    recipe: OptimizerRecipe, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> torch.optim.Optimizer:
+    """The optimizer over a module whose parameters may be empty already (stage 3).
+
+    Which parameters decay is told by their shapes, so it is built on stand-ins of these, without
+    memory of their own.
+    """
+    stand_ins, real = [], {}
+    for name, parameter in module.named_parameters():
+        one = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+        stand_ins.append((name, nn.Parameter(one.expand(shapes[name]))))
+        real[stand_ins[-1][1]] = parameter
+    optimizer = recipe.build(stand_ins)
+    for group in optimizer.param_groups:
+        group["params"] = [real[stand_in] for stand_in in group["params"]]
+    return optimizer
+
+
+def _import_its_muon() -> None:
+    """Import DeepSpeed's Muon, which it asks about every optimizer, without torch's compiler.
+
+    That module compiles three functions as it is imported. No engine of ours calls them (Muon is
+    torch's business, see `capabilities`), and loading the compiler took 1.6 s of CPU time.
+    """
+    compiling = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiling
+
+
+def _as_it_is(function: Any, *_: Any, **__: Any) -> Any:
+    return function
 
 
 def _silence() -> None:

@@ -28,17 +28,18 @@ DTYPES = {
 def build_engine(
     config: Config,
     module: nn.Module,
+    device: torch.device,
     blocks: Sequence[nn.Module],
     recipe: OptimizerRecipe,
     mesh: ParallelMesh,
     placements: Mapping[str, Placement],
     layout: PipelineLayout | None = None,
 ) -> Engine:
-    """Hand the initialised module to the engine of `config`.
+    """Hand the module to the engine of `config`; its weights have no values yet.
 
     Args:
-        module: the task's module with fp32 parameters on the run's device; the engine owns it
-            from here on.
+        module: the task's module on the meta device; the engine owns it from here on.
+        device: the run's device.
         blocks: its repeated layers, the units that ZeRO-3 gathers one by one.
         recipe: how to build the optimizer.
         mesh: who is where.
@@ -48,19 +49,19 @@ def build_engine(
     Raises:
         UserError: no engine, or not the one asked for, runs this config on this device.
     """
-    device_type = next(module.parameters()).device.type
-    require_allowed(config, device_type)
+    require_allowed(config, device.type)
     dtype = DTYPES[config.precision.dtype]
     module.to(wide_dtype(dtype))  # of the masters
     scaling = loss_scaling(config)
     stage = config.parallel.zero_stage
-    if choose_engine(config, device_type) == "deepspeed":
+    if choose_engine(config, device.type) == "deepspeed":
         # imported here: it costs seconds, and a machine without it can still train
         from megascale.engine.deepspeed_engine import DeepSpeedEngine, Offload
 
         micro = config.train.micro_batch_size
         return DeepSpeedEngine(
             module,
+            device,
             recipe,
             mesh,
             placements,
@@ -74,8 +75,21 @@ def build_engine(
             layout=layout,
         )
     if stage == 0:
-        return ReplicatedEngine(module, recipe, mesh, placements, dtype, scaling, layout)
-    return ShardedEngine(module, recipe, mesh, placements, dtype, scaling, stage, blocks, layout)
+        return ReplicatedEngine(
+            module, device, recipe, mesh, placements, dtype, scaling, layout=layout
+        )
+    return ShardedEngine(
+        module,
+        device,
+        recipe,
+        mesh,
+        placements,
+        dtype,
+        scaling,
+        stage=stage,
+        blocks=blocks,
+        layout=layout,
+    )
 
 
 def loss_scaling(config: Config) -> LossScaling:

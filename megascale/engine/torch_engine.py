@@ -36,13 +36,14 @@ from megascale.wide import wide_dtype, widen
 class TorchEngine:
     """What both torch engines share: masters by name, the step, state in and out.
 
-    Subclasses fill `_masters` (the fp32 tensors that the optimizer steps on) and say where a
-    master lies in its parameter.
+    Subclasses take the module from the meta device to the run's, fill `_masters` (the fp32 tensors
+    that the optimizer steps on) and say where a master lies in its parameter.
     """
 
     def __init__(
         self,
         module: nn.Module,
+        device: torch.device,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
@@ -53,7 +54,7 @@ class TorchEngine:
         self._recipe = recipe
         self._mesh = mesh
         self._scaler = LossScaler(scaling)
-        self._device = next(module.parameters()).device
+        self._device = device
         self._sum_dtype = next(module.parameters()).dtype
         self._pipeline: Pipeline | None = None
         self._masters: dict[str, torch.Tensor] = {}
@@ -227,6 +228,7 @@ class ReplicatedEngine(TorchEngine):
     def __init__(
         self,
         module: nn.Module,
+        device: torch.device,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
@@ -234,7 +236,8 @@ class ReplicatedEngine(TorchEngine):
         scaling: LossScaling,
         layout: PipelineLayout | None = None,
     ) -> None:
-        super().__init__(module, recipe, mesh, placements, scaling)
+        super().__init__(module, device, recipe, mesh, placements, scaling)
+        module.to_empty(device=device)
         self._params = dict(module.named_parameters())
         if dtype == wide_dtype(dtype):
             masters = {name: p.detach() for name, p in self._params.items()}
@@ -319,6 +322,7 @@ class ShardedEngine(TorchEngine):
     def __init__(
         self,
         module: nn.Module,
+        device: torch.device,
         recipe: OptimizerRecipe,
         mesh: ParallelMesh,
         placements: Mapping[str, Placement],
@@ -328,7 +332,7 @@ class ShardedEngine(TorchEngine):
         blocks: Iterable[nn.Module],
         layout: PipelineLayout | None = None,
     ) -> None:
-        super().__init__(module, recipe, mesh, placements, scaling)
+        super().__init__(module, device, recipe, mesh, placements, scaling)
         self._stage = stage
         data_mesh = mesh.data_mesh
         policy = MixedPrecisionPolicy(
@@ -339,6 +343,7 @@ class ShardedEngine(TorchEngine):
         for block in blocks:
             fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
         fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+        module.to_empty(device=device)  # only this rank's shards
         self._params: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
         # Empty shards too: every rank's optimizer lists the same parameters in the same order.
         shards = {name: p.to_local().detach() for name, p in self._params.items()}

@@ -7,9 +7,10 @@ the optimizer (arXiv:1910.02054, figure 1; Adam has k = 2):
     torch 0             e N          4 N (if e < 4)    4 k N     4 N (one fp32 buffer)
     torch 1, 2, 3       4 N/d        the weights       4 k N/d   4 N/d
     deepspeed 1, 2      e N          4 N/d             4 k N/d   4 N/d, and what lies on a border
-    deepspeed 3         e (N/d + P)  4 N/d             4 k N/d   e N/d, and a buffer of e N
+    deepspeed 3         e (N/d + P)  4 N/d             4 k N/d   e N/d, and a buffer of e N/32
 
-P are the parameters that DeepSpeed keeps whole because they are small. The torch engine's shards
+P are the parameters that DeepSpeed keeps whole because they are small; its buffer has the bounds of
+`engine.buckets`. The torch engine's shards
 are fp32 at every precision: what is gathered is rounded on the way. With e = 8 (fp64, torch only)
 every 4 is an 8. The functions below add each
 engine's own padding, so that they are exact to the byte.
@@ -22,10 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FP32 = 4
-MAX_BUCKET = 50_000_000
-"""Elements of the buffer in which DeepSpeed reduces gradients, at most."""
+from megascale.engine.buckets import reduce_bucket
 
+FP32 = 4
 Shape = tuple[int, ...]
 
 
@@ -96,7 +96,7 @@ def state_bytes(
         if math.prod(shape) <= kept_whole
     )
     part = sum(sizes)
-    bucket = min(MAX_BUCKET, total + total % 2)
+    bucket = reduce_bucket(total)
     return StateBytes(
         weight_bytes * (part + whole),
         FP32 * part,

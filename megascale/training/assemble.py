@@ -227,10 +227,13 @@ def assemble_engine(
     device: torch.device,
     start: Task | None = None,
 ) -> Engine:
-    """Model on meta -> cuts over tp, cp, pp -> recomputation -> initialise -> engine.
+    """Model on meta -> cuts over tp, cp, pp -> recomputation -> engine -> initial weights.
+
+    The engine divides the parameters before they take memory, and the weights are drawn into the
+    parts that this rank keeps: the start needs no more than a step.
 
     Args:
-        start: initialises the weights instead of `task`: with another seed.
+        start: draws the initial weights instead of `task`: with another seed.
     """
     with torch.device("meta"):
         module = task.build_module()
@@ -245,10 +248,12 @@ def assemble_engine(
         placements = {name: placements[name] for name, _ in module.named_parameters()}
     blocks = task.blocks(module)
     recompute(blocks, config.parallel.activation_recomputation)
-    module = module.to_empty(device=device)
-    (start or task).initialize(module, placements)
     recipe = optimizer_recipe(config, device)
-    engine = build_engine(config, module, blocks, recipe, mesh, placements, layout)
+    engine = build_engine(config, module, device, blocks, recipe, mesh, placements, layout)
+    with torch.no_grad():
+        for fragment in engine.fragments(["master"], replicas=True):
+            (start or task).fill_initial(fragment)
+    engine.finish_load()
     limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))  # the engine's own groups
     return engine
 

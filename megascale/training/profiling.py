@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
@@ -23,17 +24,22 @@ from megascale.training.state import TrainState
 from megascale.training.step import StepParts, train_step
 
 _MODULE, _PHASE = "module:", "phase:"
+WAIT = "waiting for a collective"
 _BACKWARD = "autograd::engine::evaluate_function"
 
 PRODUCTS = "matrix products"
 # first match decides; what matches nothing is elementwise work
 _KINDS = (
-    ("communication", re.compile(r"^(c10d::|gloo:|nccl:|record_param_comms)")),
+    ("communication", re.compile(rf"^(c10d::|record_param_comms|{WAIT})")),
     ("attention kernel", re.compile(r"scaled_dot_product|flash_attention")),
     (PRODUCTS, re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_?addmv|mv|linear)$")),
     ("copies", re.compile(r"^aten::(copy_|fill_|zero_|cat|_to_copy|clone|index|embedding.*)$")),
-    ("Python and dispatch", re.compile(r"^(module:|phase:|autograd::|Optimizer\.|Torch-Compiled)")),
+    (
+        "Python and dispatch",
+        re.compile(r"^(module:|phase:|autograd::|Optimizer\.|Torch-Compiled|FSDP::)"),
+    ),
 )
+_MOVED = ("gloo:", "nccl:")  # beside the step, on threads or streams of their own
 OTHER = "elementwise and reductions"
 
 
@@ -52,11 +58,26 @@ class Share:
 
 
 @dataclass
+class Collective:
+    """What one kind of collective took, for one step.
+
+    Attributes:
+        calls: on this rank. seconds: from a call to its end, beside the step, so that calls in
+            flight together count twice; the time that the step stood still for collectives is the
+            kind of work "communication".
+    """
+
+    calls: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
 class Profile:
     """A step's time in three divisions; each adds up to `seconds`.
 
     Attributes:
         phases, modules, kinds: name -> share. Modules have the layer's number replaced by `*`.
+        collectives: kind -> what moves while the step goes on.
         steps: that were recorded. seconds: of one of them, as far as operations cover it.
         wall_seconds: of one, by the clock. model_flops: of one on this rank. peak: FLOP/s.
     """
@@ -64,6 +85,7 @@ class Profile:
     phases: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     modules: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
     kinds: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    collectives: dict[str, Collective] = field(default_factory=lambda: defaultdict(Collective))
     steps: int = 1
     seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -89,6 +111,7 @@ class Profile:
             "mfu": self.model_flops / self.peak / self.wall_seconds,
             "gap": dict(self.gap()),
             **{n: {k: vars(s) for k, s in shares.items()} for n, shares in divisions.items()},
+            "collectives": {kind: vars(one) for kind, one in self.collectives.items()},
         }
 
 
@@ -139,9 +162,12 @@ def _named(parts: StepParts) -> Iterator[None]:
     )
     for owner, method, phase in phases:
         setattr(owner, method, _within(_PHASE + phase, getattr(owner, method)))
+    wait = dist.Work.wait
+    dist.Work.wait = _within(WAIT, wait)  # type: ignore[method-assign]
     try:
         yield
     finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
         for owner, method, _ in phases:
             delattr(owner, method)
         for handle in handles:
@@ -182,6 +208,11 @@ def summarize(events: Sequence[Any], steps: int, *, on_gpu: bool) -> Profile:
         if (module := _module_of(event))
     }
     for event in events:
+        if event.name.startswith(_MOVED):
+            collective = profile.collectives[event.name.partition(":")[2]]
+            collective.calls += 1 / steps
+            collective.seconds += event.time_range.elapsed_us() * 1e-6 / steps
+            continue
         phase, module = _place(event, made_by)
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kind = _kind(event.name)

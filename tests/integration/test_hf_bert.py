@@ -25,6 +25,7 @@ from megascale.cli.convert import _shapes
 from megascale.errors import UserError
 from megascale.hf.exporting import export_model
 from megascale.hf.importing import Imported, import_model
+from megascale.parallel.fragment import Fragment, whole_box
 from megascale.training.inference import LoadedModel
 from tests.bert_data import make_bert_dataset
 from tests.hf_models import save_model
@@ -85,9 +86,11 @@ def logits_of(checkpoint: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 def initial(imported: Imported, name: str) -> torch.Tensor:
     """A parameter of a new model with the import's config."""
     loaded = LoadedModel(imported.checkpoint, CPU)
-    module = loaded.task.build_module()
-    loaded.task.initialize(module, {})
-    return dict(module.named_parameters())[name].detach()
+    value = dict(loaded.module.named_parameters())[name].detach()
+    shape = tuple(value.shape)
+    part = Fragment(name, "master", shape, whole_box(shape), 0, value.view(-1))
+    loaded.task.fill_initial(part)
+    return value
 
 
 def check_out(imported: Imported, out: Path, sentence: bool) -> None:

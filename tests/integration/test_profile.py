@@ -63,6 +63,9 @@ def test_ranks_recomputation_and_communication(config: Path) -> None:
     changes = ("parallel.tensor_parallel_size=2", "parallel.activation_recomputation=full")
     found = profiled(config, *changes, "--nproc", "2", "--steps", "1")
     assert found["kinds"]["communication"]["seconds"] > 0
+    # two layers forward, again and backward, embedding, head and loss, norm and counts
+    assert found["collectives"]["all_reduce"]["calls"] >= 2 * LAYERS * 3 + 2
+    assert found["collectives"]["all_reduce"]["seconds"] > 0
     again = found["phases"]["forward again, for the backward"]
     assert again["seconds"] > 0
     up = found["modules"]["model.layers.*.mlp.up"]["flops"]  # a rank's half, forward twice

@@ -20,7 +20,6 @@ from megascale.data.loader import BatchLoader, EvaluationLoader
 from megascale.engine.protocol import Engine, StepOutcome
 from megascale.parallel.fragment import Fragment, global_runs
 from megascale.parallel.mesh import ParallelMesh
-from megascale.parallel.tensor_parallel import Placement
 from megascale.training.assemble import (
     assemble_engine,
     build_schedule,
@@ -99,9 +98,9 @@ class _OtherStart:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
-    def initialize(self, module: torch.nn.Module, placements: Mapping[str, Placement]) -> None:
+    def fill_initial(self, fragment: Fragment) -> None:
         run = self._config.run.model_copy(update={"seed": self._config.run.seed + 1000})
-        build_task(self._config.model_copy(update={"run": run})).initialize(module, placements)
+        build_task(self._config.model_copy(update={"run": run})).fill_initial(fragment)
 
 
 def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import torch
 
 from megascale.cli.process import collector_paused
 from megascale.errors import PeerError, UserError
-from megascale.launcher import failure, local
+from megascale.launcher import failure, forked, local
 from megascale.launcher.environment import ProcessInfo, process_info, world_size_of
+from megascale.launcher.forked import preload
 from megascale.launcher.local import launch_local
 from megascale.launcher.rendezvous import choose_device
 
@@ -244,3 +248,83 @@ def test_the_collector_rests_while_modules_are_imported() -> None:
     with pytest.raises(ValueError, match="in between"), collector_paused():
         raise ValueError("in between")
     assert gc.isenabled()
+
+
+# Ranks that are forked -------------------------------------------------------------------------
+
+FORKING = """
+import os, signal, sys
+from pathlib import Path
+
+from megascale.launcher.forked import preload
+from megascale.launcher.local import launch_local
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+
+
+def entry(arguments):
+    rank = int(os.environ["RANK"])
+    import torch  # was imported before
+
+    held = os.path.exists("/proc/self/fd/" + os.environ["MEGASCALE_LISTEN_FD"])
+    print(*(os.environ.get(name) for name in NAMES), sys.argv[1:] == list(arguments), held,
+          sys.modules["torch"].get_num_threads(), os.getppid() == starter, flush=True)
+    if rank == 1 and arguments[0] == "exit":
+        raise SystemExit(3)
+    if rank == 1 and arguments[0] == "raise":
+        raise ValueError("planted")
+    if rank == 1 and arguments[0] == "signal":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+starter = os.getpid()
+before = os.environ.get("OMP_NUM_THREADS")
+assert preload(["torch", "no.such.module"], on_gpu=False)
+assert os.environ.get("OMP_NUM_THREADS") == before
+assert "torch" in sys.modules
+sys.exit(launch_local([sys.argv[1], "more"], 2, Path(sys.argv[2]), entry))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("well", 0, ""),
+        ("exit", 3, "rank 1 failed with exit code 3"),
+        ("raise", 1, "ValueError: planted"),
+        ("signal", 128 + 9, "rank 1 was ended by signal 9: SIGKILL"),
+    ],
+)
+def test_forked_ranks_are_like_started_ones(tmp_path: Path, how: str, code: int, said: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(FORKING)
+    done = subprocess.run(
+        [sys.executable, str(program), how, str(tmp_path / "logs")],
+        env={**os.environ, "OMP_NUM_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout == "0 0 2 3 None True True 3 True\n"
+    log = (tmp_path / "logs" / "rank_00001.log").read_text()
+    assert log.startswith("1 1 2 3 None True False 3 True\n")
+
+
+def test_a_process_with_threads_forks_no_ranks() -> None:
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        assert not preload(["no.such.module"], on_gpu=False)
+    finally:
+        ended.set()
+        other.join()
+
+
+def test_no_rank_is_forked_where_a_driver_may_be_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "_is_single", lambda: True)
+    monkeypatch.setattr(forked, "_GPU", Path("/dev/null"))
+    assert not preload(["no.such.module"], on_gpu=True)
+    assert preload(["no.such.module"], on_gpu=False)

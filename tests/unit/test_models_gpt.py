@@ -12,8 +12,8 @@ from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout, sample_keys
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead
-from megascale.models.initialization import initialize
 from megascale.models.rotary import Rotary, apply_rotary, rotary_frequencies, rotary_tables
+from tests.initial import initialize
 
 GPT2_STYLE = GPTConfig(
     vocab_size=29,

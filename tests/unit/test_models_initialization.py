@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from megascale.models.gpt import GPT, GPTConfig, build_layer
-from megascale.models.initialization import initial_value, initialize, parameter_seed
+from megascale.models.initialization import fill_initial, initial_value, parameter_seed
+from tests.initial import initialize
 
 CONFIG = GPTConfig(
     vocab_size=101,
@@ -89,3 +91,38 @@ def test_half_precision_holds_the_rounded_value() -> None:
 def test_a_vector_without_a_rule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers.0.gain.*\(8,\)"):
         initial_value("layers.0.gain", (8,), 1, init_std=0.02, num_layers=2)
+
+
+MATRIX = "layers.0.mlp.up.weight"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(70_001, 33), (50_257, 64), (40, 70_000), (17, 70_001), (300, 70, 101), (3, 4), (3, 7)],
+)
+def test_blocks_are_the_numbers_of_one_draw(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(parameter_seed(5, MATRIX))
+    at_once = torch.empty(*shape).normal_(0.0, 0.02, generator=generator)
+    assert torch.equal(initial_value(MATRIX, shape, 5, init_std=0.02, num_layers=2), at_once)
+
+
+@pytest.mark.parametrize("box", [None, ((0, 60_000), (0, 33)), ((123, 69_000), (5, 20))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_holds_the_numbers_of_the_whole(
+    box: tuple[tuple[int, int], ...] | None, dtype: torch.dtype
+) -> None:
+    shape = (70_001, 33)
+    whole = initial_value(MATRIX, shape, 5, init_std=0.02, num_layers=2)
+    held = whole[tuple(slice(*ends) for ends in box or ())].reshape(-1).to(dtype)
+    cuts = [0, 1, 7_777, held.numel() // 2, held.numel() - 3, held.numel()]
+    for start, end in itertools.pairwise(cuts):
+        part = torch.full((end - start,), float("nan"), dtype=dtype)
+        fill_initial(part, MATRIX, shape, 5, init_std=0.02, num_layers=2, box=box, start=start)
+        assert torch.equal(part, held[start:end]), (start, end)
+
+
+def test_a_part_of_a_vector() -> None:
+    for name, value in (("layers.0.norm.weight", 1.0), ("layers.0.mlp.up.bias", 0.0)):
+        part = torch.full((5,), float("nan"))
+        fill_initial(part, name, (16,), 1, init_std=0.02, num_layers=2, box=((4, 12),), start=3)
+        assert torch.equal(part, torch.full((5,), value)), name

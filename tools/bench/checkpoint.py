@@ -1,6 +1,6 @@
 """Saving and loading against torch's DCP and DeepSpeed: MB per CPU-second, and the stall of a step.
 
-    python -m tools.bench.checkpoint --megabytes 400 --folder /dev/shm/bench
+    python -m tools.bench.checkpoint --megabytes 400 --json docs/benchmarks/checkpoint.json
     python -m tools.bench.checkpoint --steps CONFIG      two processes that save while they train
 
 Rounds are interleaved; the median of each is printed. CPU seconds are user + system time of the
@@ -32,8 +32,10 @@ import torch.distributed as dist
 from megascale.checkpoint.manager import CheckpointManager
 from megascale.checkpoint.reader import CheckpointReader
 from megascale.parallel.fragment import Fragment, whole_box
+from tools.bench.job import print_table, write_table
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+COLUMNS = ("MB per CPU-second", "wall s", "share of a CPU")
 
 
 def main() -> None:
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", metavar="CONFIG", help="measure steps of this run instead")
     parser.add_argument("--load", metavar="WORK", help="only load, once; prints its seconds")
+    parser.add_argument("--json", type=Path, help="write the results here, too")
     arguments = parser.parse_args()
     if arguments.steps:
         _steps_during_saves(arguments.steps, arguments.folder)
@@ -65,13 +68,19 @@ def main() -> None:
                 continue
             _clear(arguments.folder, name)  # removing old files is not what is measured
             times[name].append(_timed(work))
-    for name, rows in times.items():
-        cpu = statistics.median(cpu for cpu, _ in rows)
-        wall = statistics.median(wall for _, wall in rows)
-        print(f"{name:24} {size / 1e6 / cpu:8.0f} MB per CPU-second  {wall:6.3f} s wall")
+    table = [(name, _cells(size, rows)) for name, rows in times.items()]
+    print_table(COLUMNS, table)
     written = sum(p.stat().st_size for p in (arguments.folder / "ours").rglob("*") if p.is_file())
-    print(f"bytes written / state    {written / size:8.4f}")
-    _stall(state, arguments.folder, arguments.rounds)
+    stall = _stall(state, arguments.folder, arguments.rounds)
+    note = (
+        f"{size / 1e6:.0f} MB of fp32 weights and moments, one process, in {arguments.folder}; "
+        f"bytes written / state {written / size:.4f}; a save in the background makes its step wait "
+        f"for {stall:.3f} of a whole save, where nothing else is done meanwhile; medians of "
+        f"{arguments.rounds} rounds, glibc's allocator."
+    )
+    print(note)
+    if arguments.json:
+        write_table(arguments.json, "Saving and loading", note, COLUMNS, table, times)
     _disk(arguments.megabytes)
     shutil.rmtree(arguments.folder, ignore_errors=True)
     dist.destroy_process_group()
@@ -106,6 +115,12 @@ def _loaded_by_another(name: str, arguments: argparse.Namespace) -> tuple[float,
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     cpu, wall = json.loads(done.stdout.splitlines()[-1])
     return cpu, wall
+
+
+def _cells(size: int, rows: list[tuple[float, float]]) -> list[str]:
+    cpu, wall = (statistics.median(row[part] for row in rows) for part in (0, 1))
+    share = statistics.median(cpu / wall for cpu, wall in rows)
+    return [f"{size / 1e6 / cpu:,.0f}", f"{wall:.3f}", f"{share:.2f}"]
 
 
 def _clear(folder: Path, name: str) -> None:
@@ -176,8 +191,8 @@ def _deepspeed(state: Any, folder: Path) -> dict[str, Callable[[], None]]:
     return works(state, folder)
 
 
-def _stall(state: Any, folder: Path, rounds: int) -> None:
-    """How long the step would wait if its update came at once: for the whole copy.
+def _stall(state: Any, folder: Path, rounds: int) -> float:
+    """How long the step would wait if its update came at once, of a save: for the whole copy.
 
     `--steps` shows what is left of that when a forward and backward pass comes first.
     """
@@ -192,7 +207,7 @@ def _stall(state: Any, folder: Path, rounds: int) -> None:
         shutil.rmtree(folder / "async")
         shutil.rmtree(folder / "sync")
     waits, saves = (statistics.median(wall for _, wall in rows[1:]) for rows in (blocking, whole))
-    print(f"copy, if nothing is beside it {waits:6.3f} s of {saves:6.3f} s: {waits / saves:6.3f}")
+    return waits / saves
 
 
 def _save_and_wait(manager: CheckpointManager, step: int, fragments: list[Fragment]) -> None:

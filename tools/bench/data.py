@@ -1,8 +1,8 @@
 """Tokenising, reading and indexing against Hugging Face datasets and Megatron-LM, per CPU-second.
 
     python -m tools.bench.data --input english.jsonl --tokenizer gpt2     tokenising
-    python -m tools.bench.data --only reading
     python -m tools.bench.data --only packing
+    python -m tools.bench.data --only reading --json docs/benchmarks
 
 Each way is a process of its own, rounds are interleaved, the median is printed. CPU seconds are
 user + system time of a process and its children; MB are of UTF-8 text. `hf` is datasets.map with
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ from megascale.data.gpt_dataset import GPTDataset
 from megascale.data.packing import Packing, Packs
 from megascale.data.token_file import DTYPE_CODES, MAGIC, TokenFile
 from megascale.data.tokenizer import load_tokenizer
+from tools.bench.job import Table, print_table, write_table
 
 _WAYS = ("ours", "hf", "megatron", "raw")
 _BATCH = 512
+TOKENISING = ("CPU-s", "MB per CPU-s", "once started", "ours is", "ours once started")
+READING = ("tokens", "opening, ms", "opening and indexing, CPU-s")
 
 
 def main() -> None:
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=_WAYS, default=list(_WAYS))
     parser.add_argument("--repeat", type=int, default=1, help="read the input so many times over")
     parser.add_argument("--only", choices=["tokenising", "memory", "reading", "packing"])
+    parser.add_argument("--json", type=Path, help="write data_*.json into this folder, too")
     parser.add_argument("--child", choices=_WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -60,7 +64,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="megascale-bench-") as folder:
         if arguments.only in (None, "reading"):
-            bench_reading(Path(folder), arguments.rounds)
+            bench_reading(Path(folder), arguments.rounds, arguments.json)
         if arguments.only in (None, "packing"):
             bench_packing(Path(folder), arguments.rounds)
         if arguments.only not in ("reading", "packing"):
@@ -91,20 +95,40 @@ def bench_tokenising(arguments: argparse.Namespace, folder: Path) -> None:
             used[way].append(_child(arguments, arguments.input, way, folder / way))
             seen = f"{used[way][-1]:.2f} CPU-s, {start[way][-1]:.2f} of them to start"
             print(f"round {number + 1}, {way}: {seen}", file=sys.stderr, flush=True)
-    print(f"{megabytes:.1f} MB of text")
     whole = {way: statistics.median(used[way]) for way in arguments.ways}
     steady = {way: whole[way] - statistics.median(start[way]) for way in arguments.ways}
-    for way in arguments.ways:
-        print(
-            f"{way:10} {whole[way]:7.2f} CPU-s ({min(used[way]):.2f}-{max(used[way]):.2f}), "
-            f"{whole[way] - steady[way]:5.2f} of them to start: {megabytes / whole[way]:6.2f} MB "
-            f"per CPU-second, {megabytes / steady[way]:6.2f} once started; ours is "
-            f"{whole[way] / whole['ours']:.2f} times as fast, {steady[way] / steady['ours']:.2f} "
-            "once started"
+    rows = [
+        (
+            way,
+            [
+                f"{whole[way]:.2f} ({min(used[way]):.2f} to {max(used[way]):.2f})",
+                f"{megabytes / whole[way]:.2f}",
+                f"{megabytes / steady[way]:.2f}",
+                f"{whole[way] / whole['ours']:.2f}x",
+                f"{steady[way] / steady['ours']:.2f}x",
+            ],
         )
+        for way in arguments.ways
+    ]
     ids = [np.fromfile(path, np.uint16) for path in sorted(folder.glob("*/*.bin"))]
     same = all(np.array_equal(ids[0], other) for other in ids[1:])
-    print(f"ids of {len(ids)} ways are {'identical' if same else 'DIFFERENT'}")
+    note = (
+        f"{megabytes:.1f} MB of text, back end {arguments.backend}; the ids of {len(ids)} ways are "
+        f"{'identical' if same else 'DIFFERENT'}. Of whole processes, and without what they need "
+        f"for one document (once started); medians of {arguments.rounds} rounds."
+    )
+    _tell("Tokenising", note, TOKENISING, rows, arguments.json, {"used": used, "start": start})
+
+
+def _tell(
+    title: str, note: str, columns: Sequence[str], rows: Table, folder: Path | None, raw: Any
+) -> None:
+    """Print a table, and write it into `folder` as data_TITLE.json."""
+    print(note)
+    print_table(columns, rows)
+    if folder is not None:
+        name = title.lower().replace(" ", "_")
+        write_table(folder / f"data_{name}.json", title, note, columns, rows, raw)
 
 
 def _child(arguments: argparse.Namespace, text: Path, way: str, output: Path) -> float:
@@ -218,6 +242,7 @@ _WAYS_TO_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def bench_memory(arguments: argparse.Namespace, folder: Path) -> None:
     """Largest memory of a worker, on the input and on ten times as much."""
+    rows, raw = [], {}
     for times in (1, 10):
         text = folder / "text.jsonl"
         with open(text, "wb") as stream:
@@ -230,9 +255,11 @@ def bench_memory(arguments: argparse.Namespace, folder: Path) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         report = json.loads((output / "report.json").read_text())
         peak = max(worker["peak_rss_bytes"] for worker in report["workers"])
-        read = text.stat().st_size / 1e6
-        print(f"input of {read:7.1f} MB: {peak / 1e6:7.1f} MB in the largest of 2 workers")
+        raw[text.stat().st_size] = peak
+        rows.append((f"{text.stat().st_size / 1e6:.1f} MB", [f"{peak / 1e6:.1f}"]))
         shutil.rmtree(output)
+    note = f"Back end {arguments.backend}; the larger of 2 workers."
+    _tell("Memory of tokenising", note, ("peak MB",), rows, arguments.json, raw)
 
 
 def _repeated(text: Path, times: int, folder: Path) -> Path:
@@ -254,23 +281,30 @@ def _train(text: Path, folder: Path) -> Path:
 # ---- reading ---------------------------------------------------------------------------------
 
 
-def bench_reading(folder: Path, rounds: int) -> None:
+def bench_reading(folder: Path, rounds: int, json_folder: Path | None) -> None:
     """Random samples of a warm file, and opening and indexing files of up to 10 M documents."""
     ids = np.random.default_rng(0).integers(0, 50_000, 50_000_000).astype(np.uint16)
     _write_pair(folder / "warm", np.full(50_000, 1000), ids)
     corpus = TokenCorpus.open(folder / "warm")
     dataset = GPTDataset(corpus, (0, corpus.num_tokens), 1024, seed=0)
-    rates = [_samples_per_second(dataset) for _ in range(rounds)]
-    print(f"random samples of 1024 tokens: {statistics.median(rates):,.0f} per CPU-second")
+    raw: dict[str, list[float]] = {"rates": [_samples_per_second(dataset) for _ in range(rounds)]}
+    rows = []
     for documents in (10_000, 1_000_000, 10_000_000):
         _write_pair(folder / "large", np.full(documents, 1100), None)
         opening = [_timed(lambda: TokenFile(folder / "large")) for _ in range(rounds)]
         indexing = [_timed(lambda: _index(folder / "large")) for _ in range(rounds)]
-        print(
-            f"{documents:10,} documents, {documents * 1100:14,} tokens: opening "
-            f"{statistics.median(opening) * 1e3:7.3f} ms, opening and indexing "
-            f"{statistics.median(indexing):7.3f} CPU-s"
-        )
+        raw |= {f"opening {documents}": opening, f"indexing {documents}": indexing}
+        cells = [
+            f"{documents * 1100:,}",
+            f"{statistics.median(opening) * 1e3:.3f}",
+            f"{statistics.median(indexing):.3f}",
+        ]
+        rows.append((f"{documents:,} documents", cells))
+    note = (
+        f"Random samples of 1,024 tokens of a warm file: {statistics.median(raw['rates']):,.0f} "
+        f"per CPU-second; medians of {rounds} rounds."
+    )
+    _tell("Reading a dataset", note, READING, rows, json_folder, raw)
 
 
 def bench_packing(folder: Path, rounds: int) -> None:

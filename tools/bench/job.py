@@ -15,11 +15,12 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,13 @@ class Job:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        """Of the model: biases and norms too."""
+        size = self.hidden_size
+        layers = self.num_layers * (12 * size**2 + 13 * size)
+        return (self.vocab_size + self.seq_length) * size + layers + 2 * size
 
     @property
     def tokens(self) -> int:
@@ -128,15 +136,17 @@ class Meter:
         """The loss of a step (from 0) of a stack that tells it later."""
         self._losses[step] = loss
 
-    def report(self) -> None:
-        """Print the measurement as one JSON line."""
+    def report(self, **more: Any) -> None:
+        """Print the measurement as one JSON line, with `more` that a peer knows."""
         cpu, wall = self._cpu[self._job.warmup :], self._wall[self._job.warmup :]
         result = {
             "tokens_per_cpu_s": self._job.tokens / statistics.median(cpu),
             "cpu_share": sum(cpu) / sum(wall) / self._job.threads,
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "first_step_s": self._wall[0],
+            "step_s": statistics.median(wall),
             "losses": self._losses,
+            **more,
         }
         print(json.dumps(result), flush=True)
 
@@ -184,3 +194,34 @@ def machine() -> dict[str, str]:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "load": f"{os.getloadavg()[1]:.1f} on average over 5 minutes at the end",
     }
+
+
+Table = Sequence[tuple[str, Sequence[str]]]
+"""Rows: what was measured, and a cell for each column."""
+
+
+def print_table(columns: Sequence[str], rows: Table) -> None:
+    """Print rows under their columns."""
+    widths = [
+        max(map(len, cells)) + 2 for cells in zip(columns, *(c for _, c in rows), strict=True)
+    ]
+    first = max(len(name) for name, _ in rows) + 2
+    print(" " * first + "".join(map(str.rjust, columns, widths)))
+    for name, cells in rows:
+        print(name.ljust(first) + "".join(map(str.rjust, cells, widths)))
+
+
+def write_table(
+    path: Path, title: str, note: str, columns: Sequence[str], rows: Table, raw: Any
+) -> None:
+    """Write a table for `tools.bench.report`, with the measurements that it came from."""
+    content = {
+        "title": title,
+        "machine": machine(),
+        "note": note,
+        "columns": list(columns),
+        "rows": [[name, *cells] for name, cells in rows],
+        "raw": raw,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")

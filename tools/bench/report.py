@@ -1,6 +1,7 @@
 """Write the tables of docs/benchmarks.md from measurements.
 
     python -m tools.bench.step --title "..." --json docs/benchmarks/step.json
+    python -m tools.bench.memory --json docs/benchmarks/memory.json      and so on
     python -m tools.bench.report
 
 Every JSON file of docs/benchmarks becomes a table between the markers of docs/benchmarks.md; the
@@ -22,7 +23,21 @@ _COLUMNS = ("stack", "tokens per CPU-s", "range", "MFU", "peak MB", "ours is", "
 
 
 def section(found: dict[str, Any]) -> str:
-    """The tables of one measurement."""
+    """The tables of one measurement: of training steps, or of another tool."""
+    return _steps(found) if "tables" in found else _figures(found)
+
+
+def _figures(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    where = f"{machine['cpu']}; {machine['versions']}; {machine['date']}; load {machine['load']}."
+    lines = [f"### {found['title']}", "", f"{found['note']} {where}", ""]
+    lines.append("| " + " | ".join(["", *found["columns"]]) + " |")
+    lines.append("|---" * (len(found["columns"]) + 1) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in found["rows"]]
+    return "\n".join(lines)
+
+
+def _steps(found: dict[str, Any]) -> str:
     job, machine = found["job"], found["machine"]
     lines = [
         f"### {found['title']}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.models.chunk import Chunk
 from megascale.parallel.context_parallel import ContextGroup
+from megascale.parallel.fragment import Fragment
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
@@ -62,8 +63,8 @@ class Task(Protocol):
         """Make the module work on a part of each sample's tokens; after `parallelize`."""
         ...
 
-    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
-        """Give every parameter its initial value, a function of (seed, parameter name)."""
+    def fill_initial(self, fragment: Fragment) -> None:
+        """Set a part of a parameter to its initial value, a function of (seed, its name)."""
         ...
 
     def open_data(self, corpora: Corpora) -> RunData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,9 +28,10 @@ from megascale.models.flops import (
     bert_layer_flops_per_token,
 )
 from megascale.models.head import Reduce
-from megascale.models.initialization import initialize
+from megascale.models.initialization import fill_initial
 from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
 from megascale.parallel.cross_entropy import vocab_parallel_argmax
+from megascale.parallel.fragment import Fragment
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
     Placement,
@@ -306,14 +307,17 @@ class BERTTask:
         """See `Task.parallelize_context`."""
         parallelize_context(module, bert_context_plan(), context)
 
-    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
-        """See `Task.initialize`."""
-        initialize(
-            module,
+    def fill_initial(self, fragment: Fragment) -> None:
+        """See `Task.fill_initial`."""
+        fill_initial(
+            fragment.tensor,
+            fragment.name,
+            fragment.global_shape,
             self._config.run.seed,
             init_std=self._bert.init_std,
             num_layers=None,
-            parts={name: (p.global_shape, p.box) for name, p in placements.items()},
+            box=fragment.box,
+            start=fragment.start,
         )
 
     def open_data(self, corpora: Corpora) -> RunData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,9 +28,10 @@ from megascale.models.flops import (
 )
 from megascale.models.gpt import GPT, GPTConfig
 from megascale.models.head import LMHead, Reduce
-from megascale.models.initialization import initialize
+from megascale.models.initialization import fill_initial
 from megascale.models.mlp import is_gated
 from megascale.parallel.context_parallel import ContextGroup, ContextPlan, parallelize_context
+from megascale.parallel.fragment import Fragment
 from megascale.parallel.pipeline import StageCosts
 from megascale.parallel.tensor_parallel import (
     Placement,
@@ -274,14 +275,17 @@ class GPTTask:
         """See `Task.parallelize_context`."""
         parallelize_context(module, gpt_context_plan(), context)
 
-    def initialize(self, module: nn.Module, placements: Mapping[str, Placement]) -> None:
-        """See `Task.initialize`."""
-        initialize(
-            module,
+    def fill_initial(self, fragment: Fragment) -> None:
+        """See `Task.fill_initial`."""
+        fill_initial(
+            fragment.tensor,
+            fragment.name,
+            fragment.global_shape,
             self._config.run.seed,
             init_std=self._gpt.init_std,
             num_layers=self._gpt.num_layers,
-            parts={name: (p.global_shape, p.box) for name, p in placements.items()},
+            box=fragment.box,
+            start=fragment.start,
         )
 
     def open_data(self, corpora: Corpora) -> RunData:

@@ -26,7 +26,9 @@ class _Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
 
 
-class _GPT(nn.Module):
+class GPT(nn.Module):
+    """The job's model: mean loss of a batch."""
+
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.tokens = nn.Embedding(job.vocab_size, job.hidden_size)
@@ -48,7 +50,7 @@ def main() -> None:
     """Run the job; variant "compile" compiles the model."""
     job, arguments = job_of_command_line()
     torch.manual_seed(7)
-    model = _GPT(job)
+    model = GPT(job)
     optimizer = torch.optim.AdamW(
         model.parameters(), job.lr, betas=job.betas, weight_decay=job.weight_decay, fused=True
     )
