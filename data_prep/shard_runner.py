@@ -216,6 +216,10 @@ class ShardRun:
         assert len(results) == len(tasks)
         return RunOutcome(results, [task.name for task in missing], uses)
 
+    def forget(self) -> None:
+        """Drop the shards made so far: no output is to be made of them."""
+        _enter(self, anew=True)
+
     def finish(self, outcome: RunOutcome, more: dict[str, Any] | None = None) -> None:
         """Write `report.json` and complete the output.
 

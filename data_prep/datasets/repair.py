@@ -15,7 +15,7 @@ from data_prep.progress import Advance
 from data_prep.shard_runner import RunOutcome, ShardResult, ShardTask, open_run
 from megascale.data.atomic_files import file_checksum
 from megascale.data.manifest import MANIFEST_NAME, DatasetManifest, ShardRecord, TokenizerRecord
-from megascale.data.places import absolute, location
+from megascale.data.places import absolute, location, size_of
 from megascale.data.token_file import TokenFileWriter, bin_path, idx_path, read_index, token_dtype
 from megascale.data.tokenizer import load_tokenizer
 from megascale.errors import UserError
@@ -96,15 +96,21 @@ def _repair(
         ShardTask(f"shard_{number:05}", record.bin_bytes, record)
         for number, record in enumerate(manifest.shards)
     ]
-    identity = {"dataset": manifest.fingerprint, "path": name}
+    prefixes = [record.path(dataset) for record in manifest.shards]
+    sizes = [[size_of(bin_path(prefix)), size_of(idx_path(prefix))] for prefix in prefixes]
+    identity = {"dataset": manifest.fingerprint, "path": name, "sizes": sizes}
     work = _RepairShard(dataset, manifest.tokenizer)
     with open_run(output, "repair", identity, MANIFEST_NAME, overwrite) as run:
         outcome = run.run(tasks, work, workers)
         lost = _lost(manifest, outcome)
+        records = shard_records(outcome.results)
+        if not lost or not records:
+            run.forget()  # the dataset may be damaged, or copied again, before the next try
+            raise _nothing_to_save(name, lost)
         made = DatasetManifest(
             mode=manifest.mode,
             tokenizer=manifest.tokenizer.model_copy(update={"folder": "tokenizer"}),
-            shards=_records_or_refuse(name, outcome, lost),
+            shards=records,
             source=manifest.source,
             recipe={"step": "repair", "lost": lost, "of": manifest.recipe},
             skipped=manifest.skipped,
@@ -127,15 +133,12 @@ def _lost(manifest: DatasetManifest, outcome: RunOutcome) -> dict[str, Any]:
     return lost
 
 
-def _records_or_refuse(name: str, outcome: RunOutcome, lost: dict[str, Any]) -> list[ShardRecord]:
-    records = shard_records(outcome.results)
-    if not lost or not records:
-        raise UserError(
-            f"{name} has nothing to repair: every shard is {'lost' if lost else 'whole'}",
-            rule="a repair keeps the whole documents of a dataset that is damaged in part",
-            remedy="tokenise again" if lost else "use it as it is",
-        )
-    return records
+def _nothing_to_save(name: str, lost: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{name} has nothing to repair: every shard is {'lost' if lost else 'whole'}",
+        rule="a repair keeps the whole documents of a dataset that is damaged in part",
+        remedy="tokenise again" if lost else "use it as it is",
+    )
 
 
 def _state(prefix: Path, record: ShardRecord) -> str:

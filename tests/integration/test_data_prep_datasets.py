@@ -219,6 +219,18 @@ def test_verify_looks_at_ids_and_text(folder: Path, tmp_path: Path) -> None:
     assert any("source gives other content" in problem for problem in verdict.problems)
 
 
+def test_repair_looks_again_after_it_was_refused(folder: Path, tmp_path: Path) -> None:
+    """Whole at first, then changed, then cut: what it saw before does not count."""
+    shutil.copytree(folder / "a", tmp_path / "a")
+    arguments = ("repair", tmp_path / "a", "--output", tmp_path / "out", "--workers", 1)
+    assert "every shard is whole" in run(*arguments, expect=2)
+    damage(tmp_path / "a/shard_00002.bin", "flip")
+    assert "lost of shard_00002 (the .bin was changed)" in run(*arguments)
+    shutil.rmtree(tmp_path / "out")
+    damage(tmp_path / "a/shard_00000.bin", "cut")
+    assert "lost of shard_00000 (truncated: .bin)" in run(*arguments)
+
+
 def test_repair_keeps_every_whole_document(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "a", tmp_path / "a")
     damage(tmp_path / "a/shard_00000.bin", "cut")

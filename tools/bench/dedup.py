@@ -49,6 +49,7 @@ def main() -> None:
         rates = sorted(size / 1e6 / second for second in seconds)
         middle = statistics.median(rates)
         print(f"{name:34} {middle:7.1f} MB per CPU-second ({rates[0]:.1f} to {rates[-1]:.1f})")
+    shutil.rmtree(arguments.folder / "out", ignore_errors=True)
     report = dedup(source, arguments.folder / "out", _NEAR, DedupRun(self_test=True)).report
     removed = report["counts"]["documents"] - report["counts"]["kept"]
     print(f"{report['counts']['documents']} documents, {planted} planted, {removed} removed")
