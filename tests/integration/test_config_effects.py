@@ -18,6 +18,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -292,6 +293,7 @@ ROWS = (
     Row("performance.attention", "blockwise", ("operations",)),
     Row("performance.fused_optimizer", "never", ("operations",)),
     Row("performance.compiled_kernels", "never", ("operations",), {"precision.dtype": "bf16"}),
+    Row("performance.keep_memory", "never", ("keeps_memory",)),
 )
 
 
@@ -333,6 +335,7 @@ def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[st
     from megascale.config.load import load_config
     from megascale.launcher.environment import ProcessInfo
     from megascale.launcher.rendezvous import choose_device
+    from megascale.training import host
     from megascale.training.assemble import assemble
 
     text = io.StringIO()
@@ -340,7 +343,8 @@ def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[st
         world = torch.distributed.get_world_size()
         config = load_config(tree, checks=all_checks(), world_size=world)
         device = choose_device(config.run.device, ProcessInfo(0, 1, 0, False))
-        run = assemble(config, device, console=Console(file=text, width=300))
+        with mock.patch.object(host, "keep_freed_memory") as kept:  # of a process: not undone
+            run = assemble(config, device, console=Console(file=text, width=300))
     except UserError as error:
         return {"refused": str(error), "device": "refused"}
     engine, loader = run.engine, run.trainer.parts.loader
@@ -350,6 +354,7 @@ def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[st
     batches = loader.load(0)
     seen: dict[str, Any] = {
         "device": device.type,
+        "keeps_memory": kept.called,
         "ended": "",
         "engine": type(engine).__name__,
         "dtype": str(next(iter(engine.module.parameters())).dtype),
