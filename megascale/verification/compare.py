@@ -283,7 +283,13 @@ def _cause(
     wrong = _wrong_ranks(found, step, kind, tensor, theirs)
     if 0 < len(wrong) < len(parts):
         return f"only the slice of rank(s) {', '.join(map(str, wrong))} differs: a bad cut", line
-    return f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e})", line
+    again = ""
+    if what == "gradient" and layout.recompute != "none":
+        again = "; all outputs agree: what the backward computes again may be something else"
+    return (
+        f"other values (relative {_l2(ours - theirs) / max(_l2(theirs), 1e-300):.1e}){again}",
+        line,
+    )
 
 
 def _inside(parameter: str, module: str) -> bool:
