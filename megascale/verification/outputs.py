@@ -43,6 +43,10 @@ class OutputSums:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def add(_: nn.Module, args: Any, out: Any) -> None:
+            # What a backward computes again counts once: where a schedule splits backwards, some
+            # micro-batches are computed more often than others.
+            if torch._C._current_graph_task_id() != -1:  # inside of a backward
+                return
             # a scalar is a sum over tokens (a head that is one with its loss), cut like these
             if isinstance(out, torch.Tensor) and out.is_floating_point() and out.dim():
                 wide = out.detach().double()

@@ -21,7 +21,7 @@ from megascale.engine.torch_engine import ReplicatedEngine
 from megascale.parallel import layers, tensor_parallel
 from megascale.parallel.collectives import leave_sequence, own_slice
 from megascale.parallel.gradient_reducer import GradientReducer
-from megascale.training.tasks.gpt import GPTTask
+from megascale.training import assemble
 from megascale.verification.compare import FP32, Difference, compare
 from megascale.verification.layout import SINGLE, Layout
 from megascale.verification.record import read_record, record_run
@@ -163,7 +163,7 @@ def _slice(patch: Patch, kind: str, path: str) -> None:
         weight = module.get_submodule(path).weight
         assert isinstance(weight, torch.Tensor)
         if dist.get_rank() == 1:
-            weight.data = weight.data.roll(1, dims=1 if kind == "columns" else 0)
+            weight.data.copy_(weight.data.roll(1, dims=1 if kind == "columns" else 0))
 
     _on_module(patch, plant)
 
@@ -194,14 +194,15 @@ def _stale(patch: Patch, kind: str, path: str) -> None:
 
 
 def _on_module(patch: Patch, plant: Callable[[nn.Module], None]) -> None:
-    """Run `plant` on the finished module, before an engine takes it."""
-    right = GPTTask.initialize
+    """Run `plant` on the finished module, with its initial weights."""
+    right = assemble.assemble_engine
 
-    def planted(self: GPTTask, module: nn.Module, placements: Any) -> None:
-        right(self, module, placements)
-        plant(module)
+    def planted(*args: Any) -> Any:
+        engine = right(*args)
+        plant(engine.module)
+        return engine
 
-    patch(GPTTask, "initialize", planted)
+    patch(assemble, "assemble_engine", planted)
 
 
 @contextlib.contextmanager
