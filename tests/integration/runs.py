@@ -20,6 +20,7 @@ from data_prep.documents import DocumentUnit
 from data_prep.tokenize import TokenizeOptions, tokenize
 from data_prep.train_tokenizer import TrainTokenizerOptions, train_tokenizer
 from megascale.config.yaml_text import dump_yaml
+from megascale.launcher.allocator import OPT_OUT
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 150
@@ -102,9 +103,13 @@ class Done:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without what a launcher around the tests may have set."""
+    """The environment without what a launcher around the tests may have set.
+
+    With the system's allocator: which other one is installed, and said so, is the machine's matter.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), OPT_OUT: "default"}
+    return {**kept, **own, **more}
 
 
 def run(

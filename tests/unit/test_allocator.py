@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megascale.cli import process
 from megascale.launcher.allocator import OPT_OUT, allocator_variables
 
 
@@ -60,3 +61,18 @@ def test_a_program_starts_again_with_it_once(tmp_path: Path) -> None:
     )
     assert done.stdout == "argument True kept\n", done.stderr
     assert done.stderr.count("allocator of the ranks") == 1
+
+
+def test_it_is_chosen_before_ranks_are_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StartedAgain(Exception):
+        pass
+
+    def start_again() -> None:
+        raise StartedAgain
+
+    monkeypatch.setattr(process, "start_again_with_allocator", start_again)
+    process.launch_ranks(1, tmp_path, "cpu")
+    with pytest.raises(StartedAgain):
+        process.launch_ranks(2, tmp_path, "cpu")
