@@ -23,6 +23,7 @@ from megascale.cli.profile import profile
 from megascale.cli.submit import submit
 from megascale.cli.train import train
 from megascale.errors import UserError
+from megascale.launcher.allocator import start_again_with_allocator
 
 
 def build_app() -> typer.Typer:
@@ -62,7 +63,14 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 success, 2 mistake of the user, 130 interrupted, 1 a bug."""
+    """Entry point. Exit codes: 0 success, 2 mistake of the user, 130 interrupted, 1 a bug.
+
+    Args:
+        arguments: None: those of this program, which may then be started again to fork its ranks
+            with another allocator.
+    """
+    if arguments is None and any(part.startswith("--nproc") for part in sys.argv):
+        start_again_with_allocator()
     try:
         build_app()(args=list(arguments) if arguments is not None else None)
     except UserError as error:

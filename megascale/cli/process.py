@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from megascale.launcher.allocator import start_again_with_allocator
 from megascale.launcher.environment import ProcessInfo, is_launched
 from megascale.launcher.failure import describe, launcher_speaks, leave_mark, leave_note
 from megascale.launcher.forked import Entry, preload
@@ -39,7 +38,6 @@ def launch_ranks(nproc: int | None, log_dir: Path, device: str, engine: str = "t
         return False
     if is_launched():
         return False
-    start_again_with_allocator()
     entry = entry_of_ranks(device, engine)
     code = launch_local(_without_nproc(sys.argv[1:]), nproc, log_dir, entry)
     if code:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megascale.cli import process
+from megascale.cli import main as main_module
 from megascale.launcher.allocator import OPT_OUT, allocator_variables
 
 
@@ -52,9 +52,10 @@ def test_a_program_starts_again_with_it_once(tmp_path: Path) -> None:
     libraries = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
     library = tmp_path / "libm_copy.so"
     library.write_bytes(Path(next(path for path in libraries if known in path)).read_bytes())
+    without = {n: v for n, v in os.environ.items() if n not in ("LD_PRELOAD", OPT_OUT)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(library), "argument"],
-        env={**os.environ, "KEPT": "kept"},
+        env={**without, "KEPT": "kept"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -63,16 +64,17 @@ def test_a_program_starts_again_with_it_once(tmp_path: Path) -> None:
     assert done.stderr.count("allocator of the ranks") == 1
 
 
-def test_it_is_chosen_before_ranks_are_forked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_program_that_starts_ranks_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     class StartedAgain(Exception):
         pass
 
     def start_again() -> None:
         raise StartedAgain
 
-    monkeypatch.setattr(process, "start_again_with_allocator", start_again)
-    process.launch_ranks(1, tmp_path, "cpu")
-    with pytest.raises(StartedAgain):
-        process.launch_ranks(2, tmp_path, "cpu")
+    monkeypatch.setattr(main_module, "start_again_with_allocator", start_again)
+    for options, starts in ((["--nproc", "2"], True), (["--nproc=2"], True), ([], False)):
+        monkeypatch.setattr(sys, "argv", ["megascale", "--version", *options])
+        with pytest.raises(StartedAgain if starts else SystemExit):
+            main_module.main()
+    with pytest.raises(SystemExit):  # called by another program
+        main_module.main(["--version", "--nproc", "2"])
