@@ -179,7 +179,7 @@ def test_a_compression_that_is_not_installed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl.zst").write_text('{"text": "not really packed"}')
-    monkeypatch.setattr("data_prep.read.lines.infer_compression", lambda name: None)
+    monkeypatch.setattr("fsspec.utils.infer_compression", lambda name: None)
     files = find_inputs([str(tmp_path)])
     with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be unpacked"):
         next(iterate_documents(files, DocumentUnit.FILE, "text", SkipReport()))

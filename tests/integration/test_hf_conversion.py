@@ -149,7 +149,7 @@ def train_on(config: str, changes: list[str]) -> tuple[float, float]:
     batches = started.trainer.parts.loader.load(0)
     imported = LoadedModel(str(loaded.checkpoint.init_from), CPU)
     with torch.no_grad():
-        sums = [imported.forward(batch) for batch in batches]
+        sums = imported.forward(batches)
     expected = float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
     started.trainer.fit()
     started.engine.close()

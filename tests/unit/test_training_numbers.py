@@ -48,7 +48,10 @@ class _Scorer:
     def evaluating(self) -> Iterator[None]:
         yield
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, ...]]:
+        return [self.score(micro_batch) for micro_batch in micro_batches]
+
+    def score(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         labels = micro_batch["labels"]
         real = labels[labels != -100]
         return real.sum() / 10, torch.tensor(real.numel())
@@ -86,8 +89,8 @@ class _TwoObjectives(_Scorer):
 
     module: Any = SimpleNamespace(objectives=("masked_lm", "sop"))
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        loss, count = super().forward(micro_batch)
+    def score(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        loss, count = super().score(micro_batch)
         sentences = (micro_batch["sentence_labels"] != -100).sum()
         sums = torch.stack((loss, 2.0 * sentences))
         return sums, torch.stack((count, sentences)), torch.stack((count // 2, sentences))
