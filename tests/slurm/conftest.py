@@ -138,12 +138,13 @@ class TestBed:
         """A config of a run of two ranks that share every matrix."""
         changes = {
             "parallel__tensor_parallel_size": 2,
-            "parallel__tensor_parallel_across_machines": True,
             "parallel__engine": "torch",
             "parallel__collective_timeout_s": 120,
             "checkpoint__save_interval": 4,
             **changes,
         }
+        if changes["parallel__tensor_parallel_size"] > 1:
+            changes["parallel__tensor_parallel_across_machines"] = True
         tree = settings(
             self.prefix,
             self.output(name),
