@@ -230,16 +230,9 @@ class Cluster:
         self._on_head("ip", "link", "set", f"to-{node}", "up")
 
     def stop_controller(self) -> None:
-        """End slurmctld as a restart does, with its state saved; jobs go on.
-
-        A killed one forgets a job of the last seconds: nothing of ours could bring that back.
-        """
+        """Kill slurmctld; jobs go on."""
         pid = (self.folder / "slurmctld.pid").read_text().strip()
-        self.run("kill", "-TERM", pid)
-        ended = ("sh", "-c", f"! grep -qs '^State:[[:space:]]*[^ZX]' /proc/{pid}/status")
-        wait_until(
-            lambda: self.run(*ended, check=False).returncode == 0, 30, "the controller to end"
-        )
+        self.run("kill", "-KILL", pid)
 
     def start_controller(self) -> None:
         """Start slurmctld again, with the state it saved."""
