@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,9 @@ from tests.integration.runs import call, metrics
 from tests.slurm.conftest import TestBed
 
 Numbers = list[tuple[float, ...]]
+
+SLURM_SAVES_WITHIN_S = 6.0
+"""slurmctld writes what has changed to its state files within 5 s (its SAVE_MAX_WAIT)."""
 
 
 def _start_step(folder: Path) -> int:
@@ -98,6 +102,7 @@ def test_a_cut_cable(
     gates = {2: bed.folder / "restarted", 5: bed.folder / "cut"}
     (job,) = bed.submit(bed.config("cable"), "--nodes", 2, "--time", 30, gates=gates)
     bed.at_step("cable", 2)
+    time.sleep(SLURM_SAVES_WITHIN_S)  # a killed controller forgets what it had not saved
     cluster.stop_controller()
     cluster.start_controller()
     gates[2].touch()
