@@ -30,9 +30,9 @@ _SGD = ("optimizer.name=sgd", "optimizer.lr=0.02", "optimizer.grad_clip=0.0")
 _SGD_RESETS = ("optimizer.betas=[0.9, 0.95]", "optimizer.eps=1.0e-8")
 VARIANTS = ("config", "sgd")
 
-SGD_STEPS = 5
-"""Longest run with SGD. It shows a wrong scale of what the optimizer is given, in its first update;
-wrong gradients show with any optimizer. Hundreds of unclipped steps only amplify rounding."""
+SGD_STEPS = 20
+"""Longest run with SGD. A wrong scale of what the optimizer is given shows in its first update,
+copies that drift apart later; hundreds of unclipped steps only amplify the rounding of bf16."""
 
 # Divided by the root of its own noise, a gradient of rounding moves a weight by a whole step, in a
 # direction that rounding decides: with a smaller eps the single process differs from itself.

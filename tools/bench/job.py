@@ -211,6 +211,13 @@ def print_table(columns: Sequence[str], rows: Table) -> None:
         print(name.ljust(first) + "".join(map(str.rjust, cells, widths)))
 
 
+def raw_of(path: Path | None) -> dict[str, Any]:
+    """The measurements in a file of `write_table`; {} without one."""
+    if path is None or not path.exists():
+        return {}
+    return json.loads(path.read_text())["raw"]
+
+
 def write_table(
     path: Path, title: str, note: str, columns: Sequence[str], rows: Table, raw: Any
 ) -> None:

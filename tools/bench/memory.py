@@ -19,16 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench.job import Job, as_json, print_table, write_table
+from tools.bench.job import Job, as_json, print_table, raw_of, write_table
 from tools.bench.ranks import start_ranks
 from tools.bench.step import allocators
 
 # 67 M parameters; short samples: states are measured, not activations
 JOB = Job(num_layers=7, hidden_size=640, num_heads=10, seq_length=128, micro_batch_size=1)
 COLUMNS = ("live bytes a parameter", "start / step", "load / step", "peak of a step, MB")
-_FREE = {
-    "keep_memory": "never"
-}  # what is freed goes back: else a peak of the start stays to be seen
+# what is freed goes back: else a peak of the start stays to be seen
+_FREE = {"keep_memory": "never"}
 Case = dict[str, Any]
 
 
@@ -81,9 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     job = replace(JOB, **json.loads(arguments.job))
     wanted = arguments.stacks.split(",")
-    raw = {}
-    if arguments.more and arguments.json.exists():
-        raw = json.loads(arguments.json.read_text())["raw"]["cases"]
+    raw = raw_of(arguments.json).get("cases", {}) if arguments.more else {}
     for name, (stack, module, variant) in cases().items():
         if stack not in wanted:
             continue

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench.job import Job, as_json, print_table, write_table
+from tools.bench.job import Job, as_json, print_table, raw_of, write_table
 from tools.bench.ranks import start_ranks
 from tools.bench.step import allocators
 
@@ -71,8 +71,8 @@ def main() -> None:
     job = replace(JOB, **json.loads(arguments.job))
     chosen = arguments.stacks.split(";") if arguments.stacks else list(STACKS)
     raw: dict[str, list[list[dict[str, float]]]] = {}
-    if arguments.more and arguments.json.exists():
-        raw = json.loads(arguments.json.read_text())["raw"]["rounds"]
+    if arguments.more:
+        raw = raw_of(arguments.json).get("rounds", {})
     for _ in range(arguments.rounds):
         for stack in chosen:
             library = allocators()[arguments.allocator]

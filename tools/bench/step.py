@@ -131,10 +131,6 @@ def summary(results: dict[str, list[Result]], job: Job, peak: float) -> list[Res
     return table
 
 
-def _ratio(ours: Result, row: Result, key: str) -> float | None:
-    return ours[key] / row[key] if ours else None
-
-
 def show(table: Sequence[Result], allocator: str) -> None:
     """Print the rows."""
     print(f"\nallocator: {allocator} (on every stack)")
