@@ -39,6 +39,9 @@ copies that drift apart later; hundreds of unclipped steps only amplify the roun
 _LEAST_EPS = 1e-6
 _HAVE_EPS = ("adamw", "lamb", "muon")
 
+# The reference's engine offloads nothing; where states lie is no part of the training.
+_AT_HOME = ("parallel.offload_optimizer=false", "parallel.offload_parameters=false")
+
 _STOPPED = (130, 143)
 """Exit codes of ranks that were interrupted or asked to end: no verdict on their layout."""
 
@@ -56,7 +59,7 @@ def changes(config: Path, overrides: Sequence[str], variant: str) -> tuple[str, 
 
 def load(config: Path, overrides: Sequence[str], chosen: Layout) -> Config:
     """The config in a layout, checked."""
-    everything = [*overrides, *chosen.overrides()]
+    everything = [*overrides, *chosen.overrides(), *(_AT_HOME if chosen == SINGLE else ())]
     return load_config(config, everything, checks=all_checks(), world_size=chosen.world_size)
 
 

@@ -88,8 +88,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "deepspeed",
         "parallel.zero_stage",
         lambda config: _is_pipelined(config) and config.parallel.zero_stage > 1,
-        "DeepSpeed's stages 2 and 3 fail under a pipeline (KeyError in the reduction of gradients, "
-        "0.19.8); with a pipeline it does stage 1",
+        "DeepSpeed's stages 2 and 3 fail under a pipeline (0.19.8: stage 2 ends at the second "
+        'micro-batch with "Gradient computed twice", stage 3 waits for ever as it gathers); with '
+        "a pipeline it does stage 1",
     ),
     Refusal(
         "deepspeed",
@@ -97,12 +98,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda config: _is_pipelined(config) and config.optimizer.layer_lr_decay != 1.0,
         "DeepSpeed sums the gradient norm once a parameter group and would wait for ever where "
         "pipeline stages have different groups, as with a learning rate for each layer",
-    ),
-    Refusal(
-        "deepspeed",
-        "parallel.offload_optimizer",
-        lambda config: _is_pipelined(config) and config.parallel.offload_optimizer,
-        "offloading under a pipeline has not been shown to be right",
     ),
     Refusal(
         "torch",

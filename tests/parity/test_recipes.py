@@ -91,7 +91,12 @@ def clipped(pools: Pools, token_prefix: Path) -> Record:
 
 
 # stage 3 without its weights is among the layouts of the growing batch
-OFFLOADED = [(1, {}), (2, {}), (3, {"parallel.offload_parameters": True})]
+OFFLOADED: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"parallel.pipeline_parallel_size": 2}),
+    (2, {}),
+    (3, {"parallel.offload_parameters": True}),
+]
 
 
 @pytest.mark.parametrize(("stage", "more"), OFFLOADED)
@@ -101,7 +106,7 @@ def test_offloading(
     tmp_path: Path,
     clipped: Record,
     stage: int,
-    more: dict[str, bool],
+    more: dict[str, Any],
 ) -> None:
     """On the CPU the host is the device: this proves the path through DeepSpeed, not the saving."""
     settings = _settings(token_prefix, "deepspeed", stage, {**OFFLOAD, **more})

@@ -195,7 +195,7 @@ def test_a_failing_rank_is_named_and_the_job_is_not_requeued(bed: TestBed) -> No
 
 def test_a_rank_that_hangs_and_one_that_runs_out_of_memory(bed: TestBed) -> None:
     """The first is worth another attempt, the second is not."""
-    config = bed.config("ends", parallel__collective_timeout_s=20)
+    config = bed.config("ends", parallel__collective_timeout_s=12)
     (job,) = bed.submit(config, "--nodes", 2, TEST_HANG="1", TEST_MEMORY="1")
     state = bed.cluster.wait(job)
     assert bed.kinds("ends") == ["hang", "out of memory"], bed.log("ends")

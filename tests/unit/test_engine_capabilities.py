@@ -70,7 +70,6 @@ DEEPSPEED, TORCH = "parallel.engine=deepspeed ", "parallel.engine=torch "
         (DEEPSPEED + "parallel.offload_parameters=true " + ZERO + "2", "only ZeRO stage 3"),
         (DEEPSPEED + PP + ZERO + "2", "fail under a pipeline"),
         (DEEPSPEED + PP + ZERO + "1 optimizer.layer_lr_decay=0.9", "different groups"),
-        (DEEPSPEED + PP + ZERO + "1 parallel.offload_optimizer=true", "under a pipeline"),
         (TORCH + PP + ZBV + ZERO + "2", "zero-bubble schedules"),
     ],
 )
