@@ -140,6 +140,7 @@ def _axes(config: Config | None, device_type: str) -> dict[str, dist.ProcessGrou
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         context_parallel_size=config.parallel.context_parallel_size,
+        through_memory=config.performance.shared_memory == "auto",
     )
     sizes = {"pp": mesh.pp_size, "dp": mesh.dp_size, "cp": mesh.cp_size, "tp": mesh.tp_size}
     groups = {"pp": mesh.pp_group, "dp": mesh.dp_group, "cp": mesh.cp_group, "tp": mesh.tp_group}

@@ -27,3 +27,6 @@ class PerformanceConfig(Section):
     keep_memory: Choice = "auto"
     """Whether glibc's allocator keeps freed memory for the next tensors instead of returning it to
     the system and mapping it anew, page by page; auto: on CPU. It changes no other allocator."""
+    shared_memory: Literal["auto", "never"] = "auto"
+    """Whether ranks on one machine do collectives of the CPU through memory that they share instead
+    of gloo's sockets; auto: where the system lets them."""

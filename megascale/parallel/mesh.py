@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megascale.errors import UserError
+from megascale.parallel import shared_memory
 
 AXES = ("pp", "dp", "cp", "tp")
 
@@ -160,6 +161,8 @@ def limit_waits(timeout: timedelta) -> None:
     """
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+        if isinstance(group, shared_memory.SharedMemoryGroup):
+            group.limit_wait(timeout)
 
 
 def build_mesh(
@@ -168,8 +171,12 @@ def build_mesh(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     context_parallel_size: int = 1,
+    through_memory: bool = True,
 ) -> ParallelMesh:
     """Build the mesh over all processes of the initialised default group.
+
+    Args:
+        through_memory: whether ranks that share a machine's CPU may do collectives through memory.
 
     Raises:
         UserError: the world size is no multiple of tp * pp * cp.
@@ -185,7 +192,25 @@ def build_mesh(
             remedy=f"start {model * max(1, world // model)} processes or change parallel.*",
         )
     shape = (pipeline_parallel_size, world // model, context_parallel_size, tensor_parallel_size)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    data = mesh["dp", "cp"]._flatten("data") if context_parallel_size > 1 else mesh["dp"]
-    model_mesh = mesh["pp", "tp"]._flatten("model") if pipeline_parallel_size > 1 else mesh["tp"]
+    backend = shared_memory.BACKEND if through_memory and device_type == "cpu" else None
+    if backend:
+        shared_memory.register()
+    mesh = init_device_mesh(
+        device_type,
+        shape,
+        mesh_dim_names=AXES,
+        backend_override={
+            axis: backend for axis, size in zip(AXES, shape, strict=True) if backend and size > 1
+        },
+    )
+    data = _joined(mesh, ("dp", "cp"), "data", backend)
+    model_mesh = _joined(mesh, ("pp", "tp"), "model", backend)
     return ParallelMesh(mesh, data, model_mesh)
+
+
+def _joined(mesh: DeviceMesh, axes: tuple[str, str], name: str, backend: str | None) -> DeviceMesh:
+    """Two axes as one: one of them where the other has a single rank."""
+    for axis, other in (axes, axes[::-1]):
+        if mesh[other].size() == 1:
+            return mesh[axis]
+    return mesh[axes]._flatten(name, backend_override=backend)

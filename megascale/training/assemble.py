@@ -189,6 +189,7 @@ def mesh_of(config: Config, device: torch.device) -> ParallelMesh:
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         context_parallel_size=config.parallel.context_parallel_size,
+        through_memory=config.performance.shared_memory == "auto",
     )
     limit_waits(timedelta(seconds=config.parallel.collective_timeout_s))
     return mesh

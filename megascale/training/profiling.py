@@ -28,9 +28,10 @@ WAIT = "waiting for a collective"
 _BACKWARD = "autograd::engine::evaluate_function"
 
 PRODUCTS = "matrix products"
+COMMUNICATION = "communication"
 # first match decides; what matches nothing is elementwise work
 _KINDS = (
-    ("communication", re.compile(rf"^(c10d::|record_param_comms|{WAIT})")),
+    (COMMUNICATION, re.compile(rf"^(c10d::|record_param_comms|{WAIT})")),
     ("attention kernel", re.compile(r"scaled_dot_product|flash_attention")),
     (PRODUCTS, re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_?addmv|mv|linear)$")),
     ("copies", re.compile(r"^aten::(copy_|fill_|zero_|cat|_to_copy|clone|index|embedding.*)$")),
@@ -40,6 +41,7 @@ _KINDS = (
     ),
 )
 _MOVED = ("gloo:", "nccl:")  # beside the step, on threads or streams of their own
+_MEMORY = "shared_memory:"  # within the step
 OTHER = "elementwise and reductions"
 
 
@@ -208,14 +210,15 @@ def summarize(events: Sequence[Any], steps: int, *, on_gpu: bool) -> Profile:
         if (module := _module_of(event))
     }
     for event in events:
-        if event.name.startswith(_MOVED):
+        if event.name.startswith((*_MOVED, _MEMORY)):
             collective = profile.collectives[event.name.partition(":")[2]]
             collective.calls += 1 / steps
             collective.seconds += event.time_range.elapsed_us() * 1e-6 / steps
+        if event.name.startswith(_MOVED):
             continue
         phase, module = _place(event, made_by)
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        kind = _kind(event.name)
+        kind = COMMUNICATION if _enclosing(event, (_MEMORY,)) else _kind(event.name)
         seconds = time * 1e-6 / steps
         flops = (event.flops or 0) / steps if kind == PRODUCTS else 0.0
         memory = event.self_device_memory_usage if on_gpu else event.self_cpu_memory_usage

@@ -1,15 +1,16 @@
 """Counting what a step sends: bytes by mesh axis and kind, seen where torch dispatches them.
 
 Every collective of torch.distributed, FSDP2 and DeepSpeed goes through the c10d operators of the
-dispatcher, whatever Python function it was called by. What is counted is the size of the whole
-tensor (the output of an all-gather, the input of a reduce-scatter); what a ring sends of it is
-(n - 1) / n of that, twice for an all-reduce.
+dispatcher, whatever Python function it was called by, or through the memory of a group, which tells
+its observer. What is counted is the size of the whole tensor (the output of an all-gather, the
+input of a reduce-scatter); what a ring sends of it is (n - 1) / n of that, twice for an all-reduce.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.parallel.mesh import AXES, ParallelMesh
+from megascale.parallel.shared_memory import SharedMemoryGroup
 
 SCALAR_ELEMENTS = 8
 """Collectives of at most so many elements (losses, norms, counts) are counted as "scalar"."""
@@ -60,6 +62,23 @@ class CollectiveCounter(TorchDispatchMode):
         meshes |= {axis: mesh.device_mesh[axis] for axis in AXES}  # of equal groups, these names
         groups = {axis: dist.get_process_group_ranks(m.get_group()) for axis, m in meshes.items()}
         self._axes = {tuple(ranks): axis for axis, ranks in groups.items() if len(ranks) > 1}
+        self._groups = {
+            group
+            for group in (each.get_group() for each in meshes.values())
+            if isinstance(group, SharedMemoryGroup)
+        }
+
+    def __enter__(self) -> CollectiveCounter:
+        for group in self._groups:
+            axis = self._axis(group)
+            group.observer = partial(self._add, axis) if axis else None
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for group in self._groups:
+            group.observer = None
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self,
@@ -80,17 +99,19 @@ class CollectiveCounter(TorchDispatchMode):
         kind, position = _OPERATORS[name]
         tensors = list(_tensors(args[position]))
         elements = sum(tensor.numel() for tensor in tensors)
-        axis = self._axis(args)
-        if axis is None:
-            return
+        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
+        axis = self._axis(dist.ProcessGroup.unbox(boxed))
+        if axis is not None:
+            self._add(axis, kind, elements, sum(tensor.nbytes for tensor in tensors))
+
+    def _add(self, axis: str, kind: str, elements: int, size: int) -> None:
         key = (axis, kind if elements > SCALAR_ELEMENTS else "scalar")
-        self.bytes[key] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.bytes[key] += size
         self.calls[key] += 1
 
-    def _axis(self, args: Sequence[Any]) -> str | None:
+    def _axis(self, group: dist.ProcessGroup) -> str | None:
         """The axis of a collective's group; None for a group of one rank."""
-        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
-        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(boxed)))
+        ranks = tuple(dist.get_process_group_ranks(group))
         return None if len(ranks) == 1 else self._axes.get(ranks, "world")
 
 

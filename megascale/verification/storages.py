@@ -38,10 +38,19 @@ def live_bytes(engine: Engine) -> LiveBytes:
 
 
 def all_live_bytes() -> int:
-    """Bytes of every storage that some tensor of this process holds."""
+    """Bytes of every storage that torch made and some tensor of this process holds.
+
+    Memory that others gave does not count: numpy's, mapped files, what ranks share.
+    """
     gc.collect()
     found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
-    return _count((_local(tensor) for tensor in found), set())
+    own = (_local(tensor) for tensor in found)
+    return _count((tensor for tensor in own if _is_torchs(tensor)), set())
+
+
+def _is_torchs(tensor: torch.Tensor) -> bool:
+    plain = tensor.device.type != "meta" and tensor.layout is torch.strided
+    return plain and tensor.untyped_storage().resizable()
 
 
 def _weights(module: torch.nn.Module) -> Iterable[torch.Tensor]:

@@ -289,6 +289,7 @@ ROWS = (
     Row("checkpoint.keep_best", "valid_loss", ("checkpoints",), _VALIDATES),
     Row("logging.log_interval", 3, ("console",)),
     Row("logging.tensorboard", True, ("files",)),
+    Row("performance.shared_memory", "never", ("group",), world=2),
     Row("performance.fused_loss", "never", ("operations",)),
     Row("performance.attention", "blockwise", ("operations",)),
     Row("performance.fused_optimizer", "never", ("operations",)),
@@ -370,6 +371,7 @@ def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[st
     group = run.trainer.parts.mesh.dp_group
     backend = group._get_backend(torch.device("cpu"))
     seen["timeout"] = backend.options._timeout
+    seen["group"] = type(group).__name__
     zero = getattr(engine, "_zero", None)
     offloading = ("cpu_offload", "offload_optimizer", "offload_param")
     seen["offloaded"] = [bool(getattr(zero, name, False)) for name in offloading]

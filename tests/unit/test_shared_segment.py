@@ -1,0 +1,53 @@
+"""A rank that dies while another waits for it, without a word."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from megascale.parallel import shared_segment
+from megascale.parallel.shared_segment import Segment, open_segment
+
+
+def test_a_killed_rank_is_noticed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        made = shared_segment._make(2)
+        assert made is not None
+        segment = Segment(made[1], [os.getpid(), other.pid], 0, timedelta(seconds=60))
+        start = time.monotonic()
+        other.kill()
+        with pytest.raises(RuntimeError, match="connection closed by peer 1"):
+            segment.meet()
+        assert time.monotonic() - start < 30
+        segment.close()
+        os.close(made[0])
+
+
+def test_ranks_on_other_machines_share_nothing() -> None:
+    store = dist.HashStore()
+    store.set("place 1", "elsewhere 1 -1")
+    store.set("open 1", "no")
+    assert open_segment(store, 0, 2, timedelta(seconds=5)) is None
+
+
+def test_a_rank_that_may_not_open_the_memory_keeps_all_from_it() -> None:
+    store = dist.HashStore()
+    store.set("place 1", f"{shared_segment._machine()} {os.getpid()} -1")
+    store.set("open 1", "no")
+    assert open_segment(store, 0, 2, timedelta(seconds=5)) is None
+
+
+def test_a_system_without_such_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert shared_segment._make(2) is None
+    assert shared_segment._open([["here", "1", "-1"], ["here", "2", "-1"]], 2) is None
+
+
+def test_a_process_that_has_ended_cannot_be_opened() -> None:
+    assert shared_segment._open([["here", "4194304", "5"], ["here", "2", "-1"]], 2) is None
