@@ -183,6 +183,12 @@ _IGNORED = (
         "several ranks share a sample",
     ),
     _ignored(
+        "parallel.activation_memory_mb",
+        "parallel.activation_recomputation",
+        _among("auto"),
+        "activation_recomputation is auto, which stays within it",
+    ),
+    _ignored(
         "optimizer.momentum",
         "optimizer.name",
         _among("sgd", "muon"),

@@ -293,9 +293,12 @@ class ParallelConfig(Section):
     context_parallel_method: Literal["auto", "ulysses", "ring"] = "auto"
     """How attention sees all tokens: ulysses exchanges them for heads, ring passes keys and values
     round; auto: ulysses where every rank gets a head, else ring."""
-    activation_recomputation: Literal["none", "selective", "full"] = "none"
+    activation_recomputation: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward computes again instead of keeping: nothing, the attention scores, or whole
-    layers."""
+    layers; auto: nothing, or with activation_memory_mb the least that stays within it."""
+    activation_memory_mb: Positive | None = None
+    """Most memory of a rank, in MB, for what its layers keep for the backward: layer by layer the
+    rest is computed again, on GPUs at last moved to host memory; null: no bound."""
     collective_timeout_s: Count = 600
     """Longest wait of a rank for the others, in seconds; after it the run ends with an error."""
 

@@ -59,6 +59,7 @@ def _rows() -> Iterator[Row]:
             yield Row(f"pipeline {name} + context parallel", both)
     for mode in ("selective", "full"):
         yield Row(f"recomputation {mode}", (f"parallel.activation_recomputation={mode}",))
+    yield Row("recomputation by a memory budget", ("parallel.activation_memory_mb=100",))
     yield Row("bf16", ("precision.dtype=bf16",))
     yield Row("fp64", ("precision.dtype=fp64",))
     yield Row("fp16 on CPU", ("precision.dtype=fp16", "run.device=cpu"))

@@ -82,15 +82,20 @@ class Timeline:
         return (self.duration * self.size - busy) / busy
 
     def activations(self, rank: int) -> int:
-        """Most stages' activations that a rank keeps at once, counted in forwards of one stage.
+        """Most stages' activations that a rank keeps at once, counted in forwards of one stage."""
+        return max(map(sum, self.moments(rank)))
 
-        A forward's activations are kept until the weights' gradients are computed.
+    def moments(self, rank: int) -> set[tuple[int, ...]]:
+        """The states of a rank: of each of its stages in order, how many forwards' activations it
+        keeps, which it does until the weights' gradients are computed.
         """
-        kept = most = 0
-        for one in sorted((o for o in self.placed if o.rank == rank), key=lambda o: o.start):
-            kept += {"F": 1, "B": -1, "W": -1, "I": 0}[one.action.kind]
-            most = max(most, kept)
-        return most
+        own = sorted((one for one in self.placed if one.rank == rank), key=lambda one: one.start)
+        kept = dict.fromkeys(sorted({one.action.stage for one in own}), 0)
+        seen = set()
+        for one in own:
+            kept[one.action.stage] += {"F": 1, "B": -1, "W": -1, "I": 0}[one.action.kind]
+            seen.add(tuple(kept.values()))
+        return seen
 
 
 def schedule_orders(layout: PipelineLayout, num_micro_batches: int) -> dict[int, list[Action]]:

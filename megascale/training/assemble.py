@@ -22,7 +22,7 @@ from megascale.data.atomic_files import write_file
 from megascale.data.batch_size import batch_size_schedule
 from megascale.data.ledger import Ledger
 from megascale.data.loader import BatchLoader, EvaluationLoader
-from megascale.data.protocol import FiniteSampleSource
+from megascale.data.protocol import FiniteSampleSource, SampleSource
 from megascale.engine.capabilities import choose_engine
 from megascale.engine.factory import DTYPES, build_engine
 from megascale.engine.protocol import Engine, OptimizerRecipe, SumOverShards
@@ -41,6 +41,7 @@ from megascale.parallel.context_parallel import ContextGroup
 from megascale.parallel.mesh import ParallelMesh, build_mesh, limit_waits
 from megascale.parallel.pipeline import PipelineLayout, balance, cut_chunks
 from megascale.parallel.tensor_parallel import TensorGroup, whole_placements
+from megascale.training.activation_budget import choose_modes
 from megascale.training.callbacks.average import WeightAverageCallback
 from megascale.training.callbacks.base import Callback
 from megascale.training.callbacks.checkpointing import CheckpointCallback
@@ -128,7 +129,7 @@ def _assemble(
     data = task.open_data(corpora)
     source = config.checkpoint.init_from if reader is None else None
     initial = open_initial_weights(source, task, corpora.tokenizer) if source else None
-    engine = assemble_engine(config, task, mesh, device)
+    engine = assemble_engine(config, task, mesh, device, None, data.train, say)
 
     state = TrainState()
     saved: dict[str, Any] = {}
@@ -178,7 +179,7 @@ def assemble_step(
     task = build_task(config)
     data = task.open_data(corpora)
     start = task if weights_of is None else build_task(resolve_vocab_size(weights_of, corpora))
-    engine = assemble_engine(config, task, mesh, device, start)
+    engine = assemble_engine(config, task, mesh, device, start, data.train)
     return _step_parts(config, data, wrap(engine) if wrap else engine, mesh, device)
 
 
@@ -227,6 +228,8 @@ def assemble_engine(
     mesh: ParallelMesh,
     device: torch.device,
     start: Task | None = None,
+    samples: SampleSource | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Engine:
     """Model on meta -> cuts over tp, cp, pp -> recomputation -> engine -> initial weights.
 
@@ -235,6 +238,7 @@ def assemble_engine(
 
     Args:
         start: draws the initial weights instead of `task`: with another seed.
+        samples: what is trained on; see `choose_modes`, as for `say`.
     """
     with torch.device("meta"):
         module = task.build_module()
@@ -248,7 +252,7 @@ def assemble_engine(
         task.keep_chunks(module, [layout.chunks[stage] for stage in layout.stages_of(mesh.pp_rank)])
         placements = {name: placements[name] for name, _ in module.named_parameters()}
     blocks = task.blocks(module)
-    recompute(blocks, config.parallel.activation_recomputation)
+    recompute(blocks, choose_modes(config, module, blocks, mesh, layout, device, samples, say))
     recipe = optimizer_recipe(config, device)
     engine = build_engine(config, module, device, blocks, recipe, mesh, placements, layout)
     with torch.no_grad():

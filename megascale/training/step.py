@@ -54,7 +54,7 @@ def train_step(
     started = time.perf_counter()
     batch_size = parts.loader.batch_size.at(state.samples_seen)
     micro_batches = [
-        _prepare(batch, parts.mesh, parts.device) for batch in parts.loader.load(state.samples_seen)
+        prepare(batch, parts.mesh, parts.device) for batch in parts.loader.load(state.samples_seen)
     ]
     targets = parts.mesh.sum_over_data(_count_targets(micro_batches)).clamp(min=1.0)
 
@@ -88,7 +88,7 @@ def train_step(
     )
 
 
-def _prepare(
+def prepare(
     batch: Mapping[str, torch.Tensor], mesh: ParallelMesh, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """This rank's tokens of a micro-batch, on its device."""

@@ -60,6 +60,7 @@ class Layout:
             f"parallel.zero_stage={self.zero}",
             f"parallel.engine={self.engine}",
             f"parallel.activation_recomputation={self.recompute}",
+            "parallel.activation_memory_mb=null",
         ]
 
     def __str__(self) -> str:

@@ -226,6 +226,7 @@ ROWS = (
     ),
     Row("parallel.activation_recomputation", "full", ("recomputed",)),
     Row("parallel.activation_recomputation", "selective", ("recomputed",)),
+    Row("parallel.activation_memory_mb", 0.05, ("recomputed", "console_budget")),
     Row("parallel.collective_timeout_s", 99, ("timeout",)),
     Row("parallel.pipeline_parallel_size", 2, ("local_shapes", "actions"), world=2),
     Row(
@@ -403,6 +404,7 @@ def _written(output: str, folder: str, console: str, trainer: Any) -> dict[str, 
             line.split("  loss")[0] for line in console.splitlines() if "grad norm" in line
         ],
         "validations": [line for line in console.splitlines() if "perplexity" in line],
+        "console_budget": [line for line in console.splitlines() if "activations" in line],
         "console_saved": [
             line.split(" saved")[0] for line in console.splitlines() if "checkpoint of" in line
         ],

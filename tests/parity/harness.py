@@ -113,8 +113,8 @@ def set_up(settings: Mapping[str, Any], *, other_start: bool = False) -> Setup:
     mesh = mesh_of(config, cpu)
     task = build_task(config)
     starting = _OtherStart(task, config) if other_start else task
-    engine = _Recorder(assemble_engine(config, starting, mesh, cpu))
     data = task.open_data(corpora)
+    engine = _Recorder(assemble_engine(config, starting, mesh, cpu, None, data.train))
     train = config.train
     loader = BatchLoader(
         data.train,

@@ -384,6 +384,15 @@ CASES: dict[str, list[Case]] = {
             "parallel.tensor_parallel_across_machines=true parallel.tensor_parallel_size=2",
         ),
     ],
+    "ignored:parallel.activation_memory_mb": [
+        Case(
+            f"parallel.activation_memory_mb=100 parallel.activation_recomputation={mode}",
+            "parallel.activation_memory_mb",
+            "parallel.activation_memory_mb=100",
+            "auto",
+        )
+        for mode in ("none", "selective", "full")
+    ],
     "ignored:parallel.context_parallel_method": [
         Case(
             "parallel.context_parallel_method=ring",
