@@ -35,6 +35,7 @@ OURS = "ours"
 STACKS = {
     OURS: ("megascale_step", "", "megascale"),
     "ours plain": ("megascale_step", "plain", "megascale"),
+    "ours zero1": ("megascale_step", "zero1", "megascale"),
     "hf": ("hf_trainer", "", "accelerate"),
     "hf compiled": ("hf_trainer", "compile", "accelerate"),
     "loop": ("plain_loop", "", "torch"),
