@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,20 +54,12 @@ def build(token_prefix: Path, bert_data: Path) -> Callable[..., dict[str, Any]]:
 
 def _costs(settings: dict[str, Any]) -> LayerCosts:
     """Runs on every rank: what a layer costs there."""
-    seen: list[LayerCosts] = []
-    right = activation_budget.layer_costs
-
-    def spy(*args: Any) -> LayerCosts:
-        seen.append(right(*args))
-        return seen[0]
-
-    activation_budget.layer_costs = spy
-    try:
-        parallel = {**settings.get("parallel", {}), "activation_memory_mb": 1e6}
+    parallel = {**settings.get("parallel", {}), "activation_memory_mb": 1e6}
+    with mock.patch.object(
+        activation_budget, "choose", side_effect=activation_budget.choose
+    ) as choose:
         set_up({**settings, "parallel": parallel}).engine.close()
-    finally:
-        activation_budget.layer_costs = right
-    return seen[0]
+    return choose.call_args.args[0]
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +83,9 @@ def _kept(settings: dict[str, Any]) -> dict[str, Any]:
     ) as profiler:
         output = module(**batch, hidden=hidden.clone(), chunk=every)
     gc.enable()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     allocated = sum(one.nbytes() for one in events if one.name() == "[memory]")
-    saved = activation_budget._saved(
-        lambda: module(**batch, hidden=hidden.clone(), chunk=every)  # type: ignore[no-any-return]
-    )
+    saved = activation_budget._saved(lambda: module(**batch, hidden=hidden.clone(), chunk=every))
     weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
     modes = [_mode(module.model.layers[str(i)]) for i in range(LAYERS)]
     setup.engine.close()
