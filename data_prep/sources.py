@@ -95,8 +95,9 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """Every file that the inputs name, in the order given and sorted within each.
 
     Args:
-        inputs: paths, folders (read recursively), globs, fsspec URLs, `python-stdlib` (sources
-            and documentation) or `python-stdlib-prose` (docstrings and help texts only).
+        inputs: paths, folders (read recursively), prefixes of .bin/.idx, globs, fsspec URLs,
+            `python-stdlib` (sources and documentation) or `python-stdlib-prose` (docstrings and
+            help texts only).
 
     Raises:
         UserError: an input names nothing, or its file system cannot be used.
@@ -191,6 +192,8 @@ def _matching_files(filesystem: Any, path: str, item: str) -> list[str]:
         return _folder_files(filesystem, path.rstrip("/"))
     if any(character in path for character in "*?["):
         return sorted(found for found in filesystem.glob(path) if filesystem.isfile(found))
+    if filesystem.isfile(path + ".bin") and filesystem.isfile(path + ".idx"):
+        return [path + ".bin"]  # a prefix, as in data.path
     raise _missing_input(item)
 
 

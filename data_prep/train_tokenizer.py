@@ -92,7 +92,7 @@ class TrainTokenizerSummary:
 def train_tokenizer(
     inputs: Sequence[str], output: Path, options: TrainTokenizerOptions, overwrite: bool = False
 ) -> TrainTokenizerSummary:
-    """Write a tokenizer folder that `load_tokenizer` reads (transformers too, if no sentencepiece).
+    """Write a tokenizer folder that `load_tokenizer` and transformers read.
 
     The same input and options give the same tokenizer. One that is already there is left.
 

@@ -30,6 +30,10 @@ class NumericalError(UserError):
     """A run that ends because its numbers are no longer finite."""
 
 
+class DiskFullError(UserError):
+    """A file that cannot be written because the disk or a quota is full."""
+
+
 class NodeError(UserError):
     """A run that does not start because of a machine that is not as the others."""
 

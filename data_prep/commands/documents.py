@@ -120,8 +120,9 @@ def clean_command(
         typer.Option(
             "--rule",
             help="Name of a rule, or YAML as 'length: {min_characters: 200}'; several are applied "
-            "in the order given. Without: repair, normalize, language, gopher_quality, "
-            "gopher_repetition, scrub.",
+            "in the order given. There are repair, normalize, length, symbols, language, "
+            "word_list, c4, gopher_quality, gopher_repetition and scrub. Without: repair, "
+            "normalize, language, gopher_quality, gopher_repetition, scrub.",
         ),
     ] = None,
     augment: Annotated[

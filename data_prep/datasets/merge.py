@@ -85,6 +85,6 @@ def _check_different(manifests: dict[str, DatasetManifest]) -> None:
             raise UserError(
                 f"{path} holds the same tokens as {seen[manifest.fingerprint]}",
                 rule="a dataset is merged once",
-                remedy="leave one out; to read it more often, give it a weight in data.sources",
+                remedy="leave one out; to read it more often, give it a weight in data.stages",
             )
         seen[manifest.fingerprint] = path

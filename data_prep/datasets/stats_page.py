@@ -33,7 +33,7 @@ def stats_page(stats: dict[str, Any]) -> str:
         _table(("", ""), overview),
         "<h2>Tokens a document</h2>",
         _table(("percentile", "tokens"), lengths["quantiles"].items()),
-        _bars([str(low) for low, _ in lengths["histogram"]], [n for _, n in lengths["histogram"]]),
+        _bars(lengths["histogram"]),
         "<h2>Tokens by frequency</h2>",
         _ranks(vocabulary["by_rank"]),
         _table(
@@ -59,14 +59,16 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def _bars(labels: Sequence[str], counts: Sequence[int]) -> str:
+def _bars(histogram: Sequence[Sequence[int]]) -> str:
+    labels, counts = [str(low) for low, _ in histogram], [count for _, count in histogram]
     figure = _figure()
     axes = figure.subplots()
     axes.bar(range(len(labels)), counts)
     axes.set_xticks(range(len(labels)), labels, rotation=60)
     axes.set_xlabel("tokens, from")
     axes.set_ylabel("documents")
-    return _image(figure)
+    described = ", ".join(f"from {low} tokens {count:,}" for low, count in histogram if count)
+    return _image(figure, f"Number of documents by length: {described}.")
 
 
 def _ranks(points: Sequence[Sequence[int]]) -> str:
@@ -75,7 +77,8 @@ def _ranks(points: Sequence[Sequence[int]]) -> str:
     axes.loglog([rank for rank, _ in points], [count for _, count in points], marker="o")
     axes.set_xlabel("rank")
     axes.set_ylabel("count")
-    return _image(figure)
+    described = ", ".join(f"rank {rank:,} {count:,}" for rank, count in points)
+    return _image(figure, f"How often a token occurs, by its rank: {described}.")
 
 
 def _figure() -> Any:
@@ -85,9 +88,9 @@ def _figure() -> Any:
     return Figure(figsize=(8, 3.2), layout="constrained")
 
 
-def _image(figure: Any) -> str:
+def _image(figure: Any, described: str) -> str:
+    """The plot, with what it shows in words for those who cannot see it."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=90)
-    return (
-        f'<img alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
-    )
+    content = base64.b64encode(stream.getvalue()).decode()
+    return f'<img alt="{html.escape(described)}" src="data:image/png;base64,{content}">'

@@ -192,7 +192,7 @@ def _parse(raw: bytes, where: str) -> Manifest:
     version = content.get("version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{where} has format version {version}",
+            f"{where} has format version {version}, newer than {FORMAT_VERSION}",
             rule=f"this megascale reads versions up to {FORMAT_VERSION}",
             remedy="use the megascale that wrote it, or a newer one",
         )

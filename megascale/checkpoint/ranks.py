@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megascale.errors import UserError
+from megascale.errors import DiskFullError, UserError
 
 SAVE_TIMEOUT = timedelta(hours=4)
 """The slowest rank's writing may last this long: the others wait for it in an exchange."""
@@ -116,6 +116,7 @@ def agree(ranks: Ranks, action: Callable[[], Any]) -> list[Any]:
         outcome = {"value": action()}
     except UserError as error:
         outcome = {"error": [error.what, error.rule, error.remedy]}
+        outcome["full"] = isinstance(error, DiskFullError)
     except OSError as error:  # of a read; the others must not wait for this rank
         outcome = {"error": [f"{type(error).__name__}: {error}", "", "check the storage"]}
     except Exception as error:  # ours; the others end too, and this rank shows where it happened
@@ -127,5 +128,6 @@ def agree(ranks: Ranks, action: Callable[[], Any]) -> list[Any]:
         if "error" in other:
             what, rule, remedy = other["error"]
             where = f"rank {rank}: " if ranks.size > 1 else ""
-            raise UserError(f"{where}{what}", rule=rule, remedy=remedy)
+            kind = DiskFullError if other.get("full") else UserError
+            raise kind(f"{where}{what}", rule=rule, remedy=remedy)
     return [other["value"] for other in outcomes]

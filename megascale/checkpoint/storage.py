@@ -14,7 +14,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from megascale.errors import UserError
+from megascale.errors import DiskFullError, UserError
 
 RETIRED_PREFIX = ".replaced_"
 """Name that a folder has while another one takes its place."""
@@ -49,7 +49,8 @@ def explain_write_errors(path: str) -> Iterator[None]:
             errno.EROFS: "choose a writable run.output_dir or checkpoint.folder",
             errno.EACCES: "choose a run.output_dir that this user may write to",
         }
-        raise UserError(
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFullError if full else UserError)(
             f"cannot write {path}: {error.strerror or error}",
             rule="a checkpoint must be written whole",
             remedy=remedies.get(error.errno or 0, "check the disk, or choose another folder"),

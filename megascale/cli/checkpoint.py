@@ -86,11 +86,12 @@ def verify(
     bad = 0
     for path in paths:
         try:
-            problem = CheckpointReader(path).damage()
-        except UserError as error:
-            problem = error.what
+            damage = CheckpointReader(path).damage()
+            problem = damage and f"DAMAGED: {damage}"
+        except UserError as error:  # as `list` says it: a newer version is no damage
+            problem = f"NOT USABLE: {error.what}"
         bad += problem is not None
-        typer.echo(f"{path}  {'intact' if problem is None else 'DAMAGED: ' + problem}")
+        typer.echo(f"{path}  {problem or 'intact'}")
     if bad:
         raise typer.Exit(1)
 
@@ -143,12 +144,15 @@ def prune(
 
     folder = _folder(run)
     steps = folder.steps()
-    problem = CheckpointReader(folder.path(steps[-1])).damage() if steps else None
+    try:
+        problem = CheckpointReader(folder.path(steps[-1])).damage() if steps else None
+    except UserError as error:
+        problem = error.what
     if problem:
         raise UserError(
-            f"the newest checkpoint {folder.path(steps[-1])} is damaged: {problem}",
+            f"the newest checkpoint {folder.path(steps[-1])} is not intact: {problem}",
             rule="others are removed only while the newest one is intact",
-            remedy="remove the damaged one by hand, then prune again",
+            remedy="remove that one by hand, or use the megascale that wrote it; then prune again",
         )
     best = [step for step in steps[-1:] for step in _best(folder, step)]
     doomed = steps_to_remove(steps, keep_last, keep_every, best)

@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from megascale.data.places import DISK_FULL, Place, is_remote, open_binary, put_bytes
-from megascale.errors import UserError
+from megascale.errors import DiskFullError, UserError
 
 _CHUNK_BYTES = 4 << 20
 _NOT_WRITABLE = (
@@ -34,7 +34,7 @@ def full_disk_errors(path: Place) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise UserError(
+        raise DiskFullError(
             f"no space to write {path}: {error.strerror}",
             rule="the output and its temporary copy must fit on the disk and in every quota",
             remedy="free some space or choose another output path, then run the command again",

@@ -195,5 +195,6 @@ def _malformed(path: Path, problem: str) -> UserError:
     return UserError(
         f"{path} is no dataset manifest: {problem}",
         rule="manifest.json is written by `python -m data_prep tokenize` and never by hand",
-        remedy=PREPARE_AGAIN,
+        remedy="copy the dataset again, prepare it with `python -m data_prep tokenize`, or make a "
+        "manifest for its .bin/.idx with `python -m data_prep adopt`",
     )

@@ -178,8 +178,9 @@ class Tokenizer(ABC):
         raise UserError(
             f"the tokenizer has no end-of-document token (vocab_size {self.vocab_size})",
             rule=f"it needs {END_OF_DOCUMENT}, </s>, or an eos_token in tokenizer_config.json",
-            remedy=f"add {END_OF_DOCUMENT} to its special tokens, or train one with "
-            "`python -m data_prep train-tokenizer`",
+            remedy=f"add {END_OF_DOCUMENT} to its special tokens, train one with "
+            "`python -m data_prep train-tokenizer --kind bpe`, or, for a BERT (WordPiece), "
+            "tokenize with --bert",
         )
 
 

@@ -47,6 +47,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "cancelled": Kind(0, False, "scancel ended it; submit it again to go on."),
     "config error": Kind(2, False, "The request cannot work; correct it and submit again."),
+    "disk full": Kind(
+        77,
+        False,
+        "A disk or a quota is full; free space and submit again. What was saved before is intact.",
+    ),
     "numerical": Kind(
         65, False, "The numbers are no longer finite; another attempt would meet the same step."
     ),
@@ -81,6 +86,8 @@ _KILLED = re.compile(r"tasks? [\d,-]+: (Killed|Terminated)|signal (9|15)\b|SIGKI
 _FIRST_END = re.compile(r"^srun: error: \S+ tasks? [\d,-]+: (Killed|Terminated|Exited).*", re.M)
 """What srun says of the ranks that ended first; it ends the others itself, at last by SIGKILL."""
 _REFUSED = re.compile(r"tasks? [\d,-]+: Exited with exit code 2$", re.I | re.M)
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+"""A rank's own note often lies on the same disk, and is lacking then."""
 _FIRST_ERROR = re.compile(r"^(\s*\d+: )?error: ", re.M)
 _SILENT = re.compile(r"timed? ?out|timeout", re.I)
 
@@ -149,7 +156,8 @@ def classify(
         text = f"rank {first.rank} on {first.host} lost another rank: {first.text.splitlines()[0]}"
         return End(kind, text, first.rank, first.host)
     if _REFUSED.search(log):  # before it could leave a note, or where there is no folder for it
-        return End("config error", _text_from(_FIRST_ERROR, log) or _line_with(_REFUSED, log))
+        text = _text_from(_FIRST_ERROR, log) or _line_with(_REFUSED, log)
+        return End("disk full" if _DISK_FULL.search(text) else "config error", text)
     if _KILLED.search(log) or code in (137, 9, 143, 15):
         return End("killed", _line_with(_KILLED, log) or f"exit code {code}")
     return End("error", f"exit code {code}, and no rank said why\n{_tail(log)}")

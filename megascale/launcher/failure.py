@@ -9,6 +9,7 @@ and stays silent where the launcher will speak.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -19,7 +20,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megascale.errors import NodeError, NumericalError, PeerError, TakenOverError, UserError
+from megascale.errors import (
+    DiskFullError,
+    NodeError,
+    NumericalError,
+    PeerError,
+    TakenOverError,
+    UserError,
+)
 from megascale.launcher.environment import ATTEMPT_DIR, FAILURE_DIR
 
 _BACKEND_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -34,7 +42,7 @@ class Failure:
         time_s: when it was written, seconds of the machine's clock.
         text: the error, as a person should read it.
         lost_peer: the error is the consequence of another rank's.
-        kind: config error, bad node, numerical, out of memory, lost peer or error.
+        kind: config error, disk full, bad node, numerical, out of memory, lost peer or error.
         host: the machine.
         trace: the traceback, for an error that is not the user's.
         exit_code: that the rank will end with.
@@ -76,8 +84,12 @@ def kind_of(error: BaseException) -> str:
         return "bad node"
     if isinstance(error, TakenOverError):
         return "node failure"
+    if isinstance(error, DiskFullError):
+        return "disk full"
     if isinstance(error, UserError):
         return "config error"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk full"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory"
     # the CPU allocator raises a plain RuntimeError

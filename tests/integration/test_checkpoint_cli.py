@@ -141,7 +141,13 @@ def test_prune(made: Made) -> None:
     assert runs.call(*rules, "--keep-every", 4).stdout.count("removed") == 1
     assert CheckpointFolder(str(made.output / "checkpoints")).steps() == [4, 6]
     (made.checkpoint(6) / "config.yaml").write_text("broken")
-    assert "is damaged: config.yaml" in runs.call(*rules).refusal()
+    assert "is not intact: config.yaml" in runs.call(*rules).refusal()
+    (made.checkpoint(6) / "manifest.json").write_text('{"version": 9}')  # what a newer one wrote
+    refused = runs.call(*rules).refusal()
+    assert "format version 9, newer than" in refused
+    assert "the megascale that wrote it; then prune again" in refused
+    done = runs.call("checkpoint", "verify", made.output)
+    assert (done.code, done.stdout.count("NOT USABLE"), "DAMAGED" in done.stdout) == (1, 1, False)
     assert CheckpointFolder(str(made.output / "checkpoints")).steps() == [4, 6]
 
 

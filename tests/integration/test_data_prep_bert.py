@@ -146,7 +146,9 @@ def test_what_does_not_fit_is_refused(text: Path, tmp_path: Path) -> None:
     wordpiece = tmp_path / "wordpiece"
     train = ["train-tokenizer", "--input", text, "--vocab-size"]
     run_data_prep(*train, 300, "--kind", "wordpiece", "--output", wordpiece)
-    assert "no end-of-document token" in run_data_prep(*tokenize, wordpiece, expect=2)
+    refused = run_data_prep(*tokenize, wordpiece, expect=2)
+    assert "no end-of-document token" in refused
+    assert "tokenize with --bert" in refused
     assert "261" in run_data_prep(*train, 200, "--kind", "wordpiece", *out, expect=2)
     assert "--bert" in run_data_prep(
         *train, 300, "--kind", "sentencepiece", "--bert", *out, expect=2

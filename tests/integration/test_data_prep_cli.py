@@ -114,12 +114,23 @@ def test_training_is_deterministic_and_idempotent(
     assert len(tokenizer.encode(PROSE)) < 0.9 * len(PROSE)
 
 
-def test_trained_bpe_loads_with_transformers(bpe: Path) -> None:
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "sentencepiece-bpe", "sentencepiece-unigram"])
+def test_every_trained_kind_loads_with_transformers(texts: Path, tmp_path: Path, kind: str) -> None:
     from transformers import AutoTokenizer
 
-    theirs, ours = AutoTokenizer.from_pretrained(bpe, local_files_only=True), load_tokenizer(bpe)
-    assert theirs.encode(PROSE) == ours.encode(PROSE)
-    assert theirs.eos_token_id == ours.eod_id
+    name, _, model = kind.partition("-")
+    command = ["train-tokenizer", "--input", texts, "--output", tmp_path / "t", "--kind", name]
+    options = ["--sentencepiece-model", model] if model else []
+    run_data_prep(*command, *options, "--vocab-size", "300")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "t", local_files_only=True)
+    ours = load_tokenizer(tmp_path / "t")
+    text = f"{PROSE}  tab\tand\n\nlines, 中文 é😀"
+    assert theirs.encode(text, add_special_tokens=False) == list(ours.encode(text))
+    assert len(theirs) == ours.vocab_size
+    if name == "wordpiece":  # a BERT's: no end of document
+        assert theirs.mask_token_id == ours.require_bert_tokens().ids["mask"]
+    else:
+        assert theirs.eos_token_id == ours.eod_id
 
 
 def test_bad_files_and_lines_are_counted_and_named(bpe: Path, tmp_path: Path) -> None:

@@ -152,6 +152,10 @@ def test_inspect_and_stats(folder: Path, tmp_path: Path) -> None:
     run("stats", folder / "a", "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 2
+    lengths, ranks = re.findall(r'<img alt="([^"]*)"', page)
+    longest = [row for row in stats["document_tokens"]["histogram"] if row[1]][-1]
+    assert lengths.endswith(f"from {longest[0]} tokens {longest[1]}.")
+    assert f"rank 1 {stats['vocabulary']['most_frequent'][0]['count']:,}" in ranks
     assert not re.search(r"(?:src|href)=\"(?!data:)|https?://|@import", page)
 
 

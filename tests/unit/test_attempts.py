@@ -15,7 +15,14 @@ import pytest
 
 from megascale.checkpoint.lock import LOCK_NAME, RunLock
 from megascale.checkpoint.manager import CheckpointManager
-from megascale.errors import NodeError, NumericalError, PeerError, TakenOverError, UserError
+from megascale.errors import (
+    DiskFullError,
+    NodeError,
+    NumericalError,
+    PeerError,
+    TakenOverError,
+    UserError,
+)
 from megascale.file_lock import FileLock
 from megascale.launcher import attempt
 from megascale.launcher.attempt import Begin, begin, end, newest_step
@@ -86,6 +93,14 @@ def test_sigterm_means_what_slurm_does_with_the_job() -> None:
     assert classify(143, None, "", {0: LOST}, "", "REQUEUED").kind == "preempted"
 
 
+def test_a_disk_too_full_for_the_note_is_told_from_the_log() -> None:
+    log = "0: error: no space to write m.jsonl: No space left on device\n0:   rule:   r\n"
+    log += "srun: error: node2: task 0: Exited with exit code 2\n"
+    found = classify(2, None, "", {}, log)
+    assert found.kind == "disk full"
+    assert "m.jsonl" in found.text
+
+
 def test_a_request_that_was_refused_before_a_note_is_told_with_its_remedy() -> None:
     log = "0: warning: x\n1: error: there is no y\n1:   rule:   r\n1:   remedy: do z\n"
     log += "srun: error: node2: task 1: Exited with exit code 2\n"
@@ -105,6 +120,9 @@ def test_the_first_cause_is_told_with_its_machine_and_traceback() -> None:
         (NumericalError("the loss is nan"), "numerical"),
         (PeerError("the loss is nan, another rank's"), "lost peer"),
         (UserError("no such file"), "config error"),
+        (DiskFullError("no space to write metrics.jsonl"), "disk full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full"),
+        (OSError(errno.EIO, "Input/output error"), "error"),
         (NodeError("torch 2.12"), "bad node"),
         (TakenOverError("a later attempt"), "node failure"),
         (MemoryError(), "out of memory"),
@@ -357,11 +375,11 @@ def test_why_where_the_disk_was_too_full_for_the_end(
     monkeypatch.setenv("PATH", "")
     (tmp_path / "log").write_text(
         "0: step 1\nwarning: end.json: No space left on device\n"
-        "megascale: config error. The request cannot work.\nrank 0 failed: No space left\n"
+        "megascale: disk full. A disk is full.\nrank 0 failed: No space left\n"
     )
     _begin(tmp_path)
     told = call("jobs", "why", tmp_path).stdout
-    assert "config error. The request cannot work.\nrank 0 failed: No space left" in told
+    assert "disk full. A disk is full.\nrank 0 failed: No space left" in told
     assert "without a word" not in told
 
 

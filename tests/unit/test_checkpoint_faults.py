@@ -31,7 +31,7 @@ from megascale.checkpoint.sharing import Shares
 from megascale.checkpoint.storage import Storage
 from megascale.config.load import load_config
 from megascale.config.schema import Config
-from megascale.errors import UserError
+from megascale.errors import DiskFullError, UserError
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.training.output import open_output
 from tests.integration.runs import files
@@ -366,7 +366,7 @@ def test_a_disk_that_is_full_from_any_point_on(two_steps: Path, tmp_path: Path, 
         outcomes = _save(root, 2, 6, disk)
         if point.startswith("remove"):
             continue  # a full disk lets go
-        assert all(isinstance(outcome, UserError) for outcome in outcomes), (point, outcomes)
+        assert all(isinstance(outcome, DiskFullError) for outcome in outcomes), (point, outcomes)
         assert f"rank {only}: cannot write" in str(outcomes[1 - only])
         assert "No space left on device" in str(outcomes[0])
         assert "free space" in str(outcomes[0])
@@ -602,7 +602,7 @@ def test_a_background_failure_is_told_by_the_next_call_and_harms_nothing(
     deadline = threading.Event()
     while not manager.has_failed() and not deadline.wait(0.01):
         pass
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(DiskFullError, match="No space left on device"):
         manager.finish()
     manager.finish()  # told once
     assert files(root) == before

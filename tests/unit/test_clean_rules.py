@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -18,6 +20,7 @@ from data_prep.clean.registry import RULES, default_rules
 from data_prep.clean.rule import Filter, TextView
 from data_prep.clean.scrub import Scrub
 from data_prep.clean.step import Cleaner
+from data_prep.commands.documents import clean_command
 from data_prep.records import Document
 from megascale.errors import UserError
 
@@ -35,8 +38,10 @@ def _reason(rule: Filter, text: str) -> str:
 
 
 def test_every_rule_keeps_prose_and_names_itself() -> None:
+    told = get_type_hints(clean_command, include_extras=True)["rules"].__metadata__[0].help
     for name, kind in RULES.items():
         assert kind.name == name
+        assert re.search(rf"There are .*\b{name}\b.* Without", told)  # --help
     cleaner = Cleaner((*default_rules(), C4(), Symbols(), Length(min_characters=200)))
     kept, rejected = cleaner.clean(Document(PROSE, "a", "s"))
     assert (kept.text, rejected) == (PROSE, "")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megascale.errors import UserError
+from megascale.errors import DiskFullError
 from megascale.training.callbacks.checkpointing import CheckpointCallback
 from megascale.training.callbacks.early_stop import EarlyStopCallback
 from megascale.training.callbacks.metrics_file import MetricsFileCallback, keep_until_step
@@ -123,7 +123,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
 
     callback = MetricsFileCallback(tmp_path / "metrics.jsonl")
     callback._stream = Full()
-    with pytest.raises(UserError, match=r"no space to write .*metrics\.jsonl"):
+    with pytest.raises(DiskFullError, match=r"no space to write .*metrics\.jsonl"):
         callback.on_step_end(_Trainer(), RESULT)  # type: ignore[arg-type]
     callback.close()  # hides nothing and raises nothing new
 
