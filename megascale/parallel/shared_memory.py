@@ -43,22 +43,37 @@ Combine = Callable[[Tensor, Sequence[Tensor]], None]
 """Writes the sum, the largest or the least of some tensors into another one."""
 
 
+def _by_gloo(name: str) -> Any:
+    """A method of a group that is gloo's own.
+
+    The base class has them all, but calls gloo with Python's global lock held. A thread of gloo's
+    that lets a tensor go wants that lock, and may hold the one that the call waits for.
+    """
+
+    def method(self: SharedMemoryGroup, *args: Any, **kwargs: Any) -> dist.Work:
+        return getattr(self._gloo, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
 class SharedMemoryGroup(dist.ProcessGroup):
     """A process group of gloo with collectives through memory; see `dist.ProcessGroup`.
 
     Collectives through memory are over when they return, also with `async_op`.
 
     Attributes:
-        observer: called with the kind of each collective through memory, and the number and size
-            in bytes of its whole tensor's elements.
+        observer: called with the kind of each collective or message, and the number and size in
+            bytes of its whole tensor's elements.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
-        gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-        gloo._set_sequence_number_for_group()
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        self._gloo._set_sequence_number_for_group()
+        kind = dist.ProcessGroup.BackendType.GLOO
+        self._register_backend(torch.device("cpu"), kind, self._gloo)
+        self._set_default_backend(kind)
         self._segment = open_segment(store, rank, size, timeout)
         self.observer: Callable[[str, int, int], None] | None = None
 
@@ -78,9 +93,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
         opts = opts or AllreduceOptions()
         combine = _combine(tensors[0].dtype, opts.reduceOp)
         memory = self._memory_for(tensors) if combine and len(tensors) == 1 else None
-        if memory is None or combine is None:
-            return super().allreduce(tensors, opts)
-        with self._during("all_reduce", tensors[0]):
+        with self._during("all_reduce", *tensors):
+            if memory is None or combine is None:
+                return self._gloo.allreduce(tensors, opts)
             _all_reduce(memory, _flat(tensors[0]), combine)
         return _done(tensors)
 
@@ -88,9 +103,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """One tensor, in place; see `dist.broadcast`."""
         opts = opts or BroadcastOptions()
         memory = self._memory_for(tensors) if len(tensors) == 1 else None
-        if memory is None:
-            return super().broadcast(tensors, opts)
-        with self._during("broadcast", tensors[0]):
+        with self._during("broadcast", *tensors):
+            if memory is None:
+                return self._gloo.broadcast(tensors, opts)
             _broadcast(memory, _bytes(tensors[0]), opts.rootRank)
         return _done(tensors)
 
@@ -101,18 +116,18 @@ class SharedMemoryGroup(dist.ProcessGroup):
         everything = [*inputs, *outputs[0]]
         alike = len(inputs) == 1 and len({each.nbytes for each in everything}) == 1
         memory = self._memory_for(everything) if alike else None
-        if memory is None:
-            return super().allgather(outputs, inputs, opts or AllgatherOptions())
         with self._during("all_gather", *outputs[0]):
+            if memory is None:
+                return self._gloo.allgather(outputs, inputs, opts or AllgatherOptions())
             _all_gather(memory, [_bytes(each) for each in outputs[0]], _bytes(inputs[0]))
         return _done(outputs[0])
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         """See `dist.all_gather_into_tensor`."""
         memory = self._memory_for([output, input])
-        if memory is None:
-            return super().all_gather_single(output, input, opts or AllgatherOptions())
         with self._during("all_gather", output):
+            if memory is None:
+                return self._gloo._allgather_base(output, input, opts or AllgatherOptions())
             _all_gather(memory, _bytes(output).view(memory.size, -1).unbind(), _bytes(input))
         return _done([output])
 
@@ -122,9 +137,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
         combine = _combine(input.dtype, opts.reduceOp)
         same_type = output.dtype == input.dtype
         memory = self._memory_for([output, input]) if combine and same_type else None
-        if memory is None or combine is None:
-            return super().reduce_scatter_single(output, input, opts)
         with self._during("reduce_scatter", input):
+            if memory is None or combine is None:
+                return self._gloo._reduce_scatter_base(output, input, opts)
             _reduce_scatter(memory, _flat(output), _flat(input).view(memory.size, -1), combine)
         return _done([output])
 
@@ -139,12 +154,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """With equal parts; see `dist.all_to_all_single`."""
         even = not output_splits and not input_splits
         memory = self._memory_for([output, input]) if even else None
-        if memory is None:
-            opts = opts or AllToAllOptions()
-            return super().all_to_all_single(output, input, output_splits, input_splits, opts)
         with self._during("all_to_all", input):
-            rows = (_bytes(each).view(memory.size, -1) for each in (output, input))
-            _all_to_all(memory, *rows)
+            if memory is None:
+                opts = opts or AllToAllOptions()
+                return self._gloo.alltoall_base(output, input, output_splits, input_splits, opts)
+            _all_to_all(memory, *(_bytes(each).view(memory.size, -1) for each in (output, input)))
         return _done([output])
 
     # Their names before torch 2.13.
@@ -155,9 +169,44 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> dist.Work:
         """See `dist.barrier`."""
         if self._segment is None:
-            return super().barrier(opts or BarrierOptions())
+            return self._gloo.barrier(opts or BarrierOptions())
         self._segment.meet()
         return _done([])
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int) -> dist.Work:
+        """See `dist.send`."""
+        with self._during("send", *tensors):
+            return self._gloo.send(tensors, dst, tag)
+
+    recv = _by_gloo("recv")
+    recv_anysource = _by_gloo("recv_anysource")
+    reduce = _by_gloo("reduce")
+    gather = _by_gloo("gather")
+    scatter = _by_gloo("scatter")
+    reduce_scatter = _by_gloo("reduce_scatter")
+    alltoall = _by_gloo("alltoall")
+    allreduce_coalesced = _by_gloo("allreduce_coalesced")
+    allgather_coalesced = _by_gloo("allgather_coalesced")
+    monitored_barrier = _by_gloo("monitored_barrier")
+
+    def all_gather_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        """One after the other."""
+        for output, input in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, input, opts).wait()
+        return _done(outputs)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        """One after the other."""
+        for output, input in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, input, opts).wait()
+        return _done(outputs)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     def _memory_for(self, tensors: Sequence[Tensor]) -> Segment | None:
         """The memory, if it can take a collective of these tensors; None: gloo does it."""

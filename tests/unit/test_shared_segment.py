@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from megascale.parallel import shared_segment
+from megascale.parallel.shared_memory import SharedMemoryGroup
 from megascale.parallel.shared_segment import Segment, open_segment
 
 
@@ -51,3 +53,11 @@ def test_a_system_without_such_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_that_has_ended_cannot_be_opened() -> None:
     assert shared_segment._open([["here", "4194304", "5"], ["here", "2", "-1"]], 2) is None
+
+
+def test_nothing_reaches_gloo_through_the_base_class() -> None:
+    """It calls gloo with Python's lock held, for which a thread of gloo's may wait with its own."""
+    moves = re.compile("reduce|gather|scatter|broadcast|all_?to_?all|send|recv|barrier")
+    names = {name for name in dir(dist.ProcessGroup) if moves.search(name) and name[:2] != "__"}
+    assert len(names) > 15
+    assert names - set(vars(SharedMemoryGroup)) == set()
