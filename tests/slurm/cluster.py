@@ -22,7 +22,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter", "setpriv")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 NETWORK = "10.88.4"
-NODE_LOST_S = 10
+NODE_LOST_S = 8
 """Seconds without an answer after which Slurm takes a node for lost."""
 
 # What both kinds of machine do first; $1 the cluster's folder, $2 the machine's name. The number of
@@ -195,7 +195,7 @@ class Cluster:
     def lost(self, number: str, record_property: Callable[[str, object], None]) -> float:
         """Wait until Slurm has noticed that a machine of a job is gone; when it had, epoch s."""
         cut = time.time()
-        self.wait_for(number, lambda job: job.get("Restarts") == "1", 12 * NODE_LOST_S)
+        self.wait_for(number, lambda job: job.get("Restarts") == "1", 15 * NODE_LOST_S)
         record_property("detection_s", time.time() - cut)
         return time.time()
 
