@@ -53,19 +53,21 @@ class Segment:
 
     Args:
         memory: mapped by every rank.
-        pids: of the ranks' processes.
+        processes: descriptors of the other ranks' processes, by rank.
         rank: index of this one.
         timeout: longest wait for another rank.
     """
 
-    def __init__(self, memory: mmap.mmap, pids: list[int], rank: int, timeout: timedelta) -> None:
-        self.rank, self.size = rank, len(pids)
+    def __init__(
+        self, memory: mmap.mmap, processes: dict[int, int], rank: int, timeout: timedelta
+    ) -> None:
+        self.rank, self.size = rank, len(processes) + 1
         self.timeout = timeout
         self._memory = memory
         self._buffer = 0
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._views: dict[torch.dtype, list[list[torch.Tensor]]] = {}
-        self._processes = {p: os.pidfd_open(pid) for p, pid in enumerate(pids) if p != rank}
+        self._processes = processes
         libc = _libc()
         self._post, self._try, self._wait = libc.sem_post, libc.sem_trywait, libc.sem_clockwait
         start, peers = self._bytes.data_ptr(), self._processes
@@ -148,14 +150,25 @@ def open_segment(store: dist.Store, rank: int, size: int, timeout: timedelta) ->
     places = [store.get(f"place {r}").decode().split() for r in range(size)]
     try:
         memory = made[1] if made is not None else _open(places, size)
-        store.set(f"open {rank}", "yes" if memory is not None else "no")
+        processes = _watch([int(pid) for _, pid, _ in places], rank)
+        ready = memory is not None and processes is not None
+        store.set(f"open {rank}", "yes" if ready else "no")
         agreed = [store.get(f"open {r}") == b"yes" for r in range(size)]
     finally:
         if made is not None:
             os.close(made[0])
-    if memory is None or not all(agreed):
+    if memory is None or processes is None or not all(agreed):
+        for process in (processes or {}).values():
+            os.close(process)
         return None
-    return Segment(memory, [int(pid) for _, pid, _ in places], rank, timeout)
+    return Segment(memory, processes, rank, timeout)
+
+
+def _watch(pids: list[int], rank: int) -> dict[int, int] | None:
+    """Descriptors that tell of the end of the other ranks' processes."""
+    with _unavailable_is_none():
+        return {peer: os.pidfd_open(pid) for peer, pid in enumerate(pids) if peer != rank}
+    return None
 
 
 def _make(size: int) -> tuple[int, mmap.mmap] | None:
@@ -178,6 +191,7 @@ def _open(places: list[list[str]], size: int) -> mmap.mmap | None:
     if descriptor == "-1" or any(other[0] != machine for other in others):
         return None
     with _unavailable_is_none():
+        _libc()
         handle = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
         try:
             return mmap.mmap(handle, _num_bytes(size))
@@ -187,7 +201,7 @@ def _open(places: list[list[str]], size: int) -> mmap.mmap | None:
 
 
 def _unavailable_is_none() -> suppress:
-    """Not on Linux, an old kernel or C library, a container of its own: there is no memory."""
+    """Not on Linux, an old kernel or C library, a container that forbids it: there is no memory."""
     return suppress(AttributeError, OSError)
 
 

@@ -21,7 +21,7 @@ def test_a_killed_rank_is_noticed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         made = shared_segment._make(2)
         assert made is not None
-        segment = Segment(made[1], [os.getpid(), other.pid], 0, timedelta(seconds=60))
+        segment = Segment(made[1], {1: os.pidfd_open(other.pid)}, 0, timedelta(seconds=60))
         start = time.monotonic()
         other.kill()
         with pytest.raises(RuntimeError, match="connection closed by peer 1"):
@@ -49,6 +49,17 @@ def test_a_system_without_such_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     assert shared_segment._make(2) is None
     assert shared_segment._open([["here", "1", "-1"], ["here", "2", "-1"]], 2) is None
+
+
+def test_a_container_that_forbids_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(pid: int) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "pidfd_open", forbidden)
+    store = dist.HashStore()
+    store.set("place 1", f"{shared_segment._machine()} {os.getpid()} -1")
+    store.set("open 1", "yes")
+    assert open_segment(store, 0, 2, timedelta(seconds=5)) is None
 
 
 def test_a_process_that_has_ended_cannot_be_opened() -> None:
