@@ -115,12 +115,16 @@ def resident_mb(what: str) -> float:
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all storages that tensors of this process hold, whoever made them."""
+    """Bytes of all storages that torch made and tensors of this process hold, in whatever library.
+
+    Memory that the ranks of a machine share for their collectives is none of them.
+    """
     gc.collect()
     seen = {}
     for item in gc.get_objects():
         if isinstance(item, torch.Tensor) and item.device.type == "cpu":
             local = getattr(item, "_local_tensor", item)
             storage = local.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            if storage.resizable():  # torch's own
+                seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())
