@@ -255,6 +255,11 @@ def test_a_file_size_limit_and_a_read_only_place_end_cleanly(bpe: Path, tmp_path
     )
 
 
+def _minds_interrupts() -> None:
+    """A shell lets what it starts in the background ignore them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "big.txt").write_text("\n".join(str(number**5) for number in range(150_000)))
     command = ["tokenize", "--input", tmp_path / "big.txt", "--output", tmp_path / "out"]
@@ -265,6 +270,7 @@ def test_a_run_goes_on_after_an_interrupt_and_a_kill(bpe: Path, tmp_path: Path) 
         process = subprocess.Popen(
             [sys.executable, "-m", "data_prep", *map(str, command), "--workers", str(workers)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=_minds_interrupts,
         )  # fmt: skip
         before = len(list(done.glob("*.json")))
         while len(list(done.glob("*.json"))) == before:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,7 +91,23 @@ def test_preemption(bed: TestBed, undisturbed: Numbers) -> None:
     assert bed.numbers("preempted") == undisturbed
 
 
-def test_a_cut_cable(
+def test_lost_machines(
+    bed: TestBed,
+    two_machines: tuple[TestBed, str],
+    undisturbed: Numbers,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """A cut cable on one cluster and a lost power on the other, at once: Slurm waits long."""
+    with ThreadPoolExecutor() as pool:
+        faults = [
+            pool.submit(_a_cut_cable, bed, undisturbed, record_property),
+            pool.submit(_a_lost_power, *two_machines, undisturbed, record_property),
+        ]
+    for fault in faults:
+        fault.result()
+
+
+def _a_cut_cable(
     bed: TestBed, undisturbed: Numbers, record_property: Callable[[str, object], None]
 ) -> None:
     """The controller is restarted under a run, then the head machine's network ends.
@@ -119,13 +136,14 @@ def test_a_cut_cable(
     assert bed.numbers("cable") == undisturbed
 
 
-def test_two_machines_of_which_one_loses_its_power(
-    two_machines: tuple[TestBed, str],
+def _a_lost_power(
+    bed: TestBed,
+    other_job: str,
     undisturbed: Numbers,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """No machine is left to go on with: the job waits until it is back."""
-    bed, _ = two_machines
+    """Of one of two machines. None is left to go on with: the job waits until it is back."""
+    bed.cluster.wait(other_job)  # which may be on that machine still
     gates = {5: bed.folder / "off"}
     (job,) = bed.submit(bed.config("power"), "--nodes", 2, gates=gates)
     bed.at_step("power", 5)
@@ -151,7 +169,7 @@ def _check_continued(
     started = read_json(second.folder / "started.json")
     assert started is not None
     # recorded, not asserted: it depends on what else the machine does
-    record_property("training_again_s", started["time_s"] - gone)
+    record_property(f"{name}_training_again_s", started["time_s"] - gone)
 
 
 def test_a_chain(bed: TestBed) -> None:
