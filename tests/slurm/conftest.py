@@ -305,17 +305,20 @@ def bed(_bed: TestBed) -> Iterator[TestBed]:
 @pytest.fixture(scope="session")
 def two_machines(
     tmp_path_factory: pytest.TempPathFactory, token_prefix: Path
-) -> Iterator[tuple[TestBed, str]]:
-    """A cluster of two machines, and the number of a job on it whose time is soon over.
+) -> Iterator[tuple[TestBed, str, str]]:
+    """A cluster of two machines, and the numbers of two jobs on it that take long.
 
-    Slurm counts time in minutes: the job waits for the end of its time while other tests run.
+    The time of one is soon over, which Slurm counts in minutes; a rank of the other hangs, and
+    after that one runs out of memory. They wait while other tests run.
     """
     with _cluster(2) as cluster:
         bed = _bed_on(cluster, tmp_path_factory.mktemp("two"), token_prefix)
         options = ("--nodes", 2, "--time", 3, "--lead", 130)  # asked to save after 20 to 50 s
         gates = {3: bed.output("limit") / "STOP"}
-        (job,) = bed.submit(bed.config("limit"), *options, gates=gates)
-        yield bed, job
+        (limit,) = bed.submit(bed.config("limit"), *options, gates=gates)
+        config = bed.config("ends", parallel__collective_timeout_s=20)
+        (ends,) = bed.submit(config, "--nodes", 2, TEST_HANG="1", TEST_MEMORY="1")
+        yield bed, limit, ends
 
 
 @pytest.fixture(scope="session", autouse=True)

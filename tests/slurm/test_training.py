@@ -15,6 +15,8 @@ from tests.integration.runs import call, metrics
 from tests.slurm.conftest import TestBed
 
 Numbers = list[tuple[float, ...]]
+TwoMachines = tuple[TestBed, str, str]
+"""A cluster, the job whose time ends, and the one of which a rank hangs."""
 
 SLURM_SAVES_WITHIN_S = 6.0
 """slurmctld writes what has changed to its state files within 5 s (its SAVE_MAX_WAIT)."""
@@ -93,7 +95,7 @@ def test_preemption(bed: TestBed, undisturbed: Numbers) -> None:
 
 def test_lost_machines(
     bed: TestBed,
-    two_machines: tuple[TestBed, str],
+    two_machines: TwoMachines,
     undisturbed: Numbers,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -138,12 +140,14 @@ def _a_cut_cable(
 
 def _a_lost_power(
     bed: TestBed,
-    other_job: str,
+    limit: str,
+    ends: str,
     undisturbed: Numbers,
     record_property: Callable[[str, object], None],
 ) -> None:
     """Of one of two machines. None is left to go on with: the job waits until it is back."""
-    bed.cluster.wait(other_job)  # which may be on that machine still
+    for other in (limit, ends):  # they may be on that machine still
+        bed.cluster.wait(other)
     gates = {5: bed.folder / "off"}
     (job,) = bed.submit(bed.config("power"), "--nodes", 2, gates=gates)
     bed.at_step("power", 5)
@@ -211,10 +215,9 @@ def test_a_failing_rank_is_named_and_the_job_is_not_requeued(bed: TestBed) -> No
     assert "in train_step" in told  # the traceback, though rank 1 ran on another machine
 
 
-def test_a_rank_that_hangs_and_one_that_runs_out_of_memory(bed: TestBed) -> None:
+def test_a_rank_that_hangs_and_one_that_runs_out_of_memory(two_machines: TwoMachines) -> None:
     """The first is worth another attempt, the second is not."""
-    config = bed.config("ends", parallel__collective_timeout_s=12)
-    (job,) = bed.submit(config, "--nodes", 2, TEST_HANG="1", TEST_MEMORY="1")
+    bed, _, job = two_machines
     state = bed.cluster.wait(job)
     assert bed.kinds("ends") == ["hang", "out of memory"], bed.log("ends")
     assert state["ExitCode"] == "71:0"
@@ -269,9 +272,9 @@ def test_status_logs_and_stop_by_name(bed: TestBed, undisturbed: Numbers) -> Non
     assert "asked it to stop" in why
 
 
-def test_the_end_of_the_time(two_machines: tuple[TestBed, str], undisturbed: Numbers) -> None:
+def test_the_end_of_the_time(two_machines: TwoMachines, undisturbed: Numbers) -> None:
     """Slurm's own limit: saved, requeued, continued where it was, until it is done."""
-    bed, job = two_machines
+    bed, job, _ = two_machines
     state = bed.finish("limit", job)
     *before, last = bed.kinds("limit")
     assert last == "finished"
