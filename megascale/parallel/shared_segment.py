@@ -63,9 +63,8 @@ class Segment:
     ) -> None:
         self.rank, self.size = rank, len(processes) + 1
         self.timeout = timeout
-        self._memory = memory
         self._buffer = 0
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)  # holds the memory, too
         self._views: dict[torch.dtype, list[list[torch.Tensor]]] = {}
         self._processes = processes
         libc = _libc()
@@ -135,7 +134,11 @@ class Segment:
         if self._bytes[_left(peer, self.size)]:
             return True
         process = self._processes.get(peer)
-        return process is None or bool(select.select([process], [], [], 0)[0])
+        if process is None:
+            return True
+        looked = select.poll()  # select takes no descriptor above 1023
+        looked.register(process, select.POLLIN)
+        return bool(looked.poll(0))
 
 
 def open_segment(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Segment | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -16,18 +18,27 @@ from megascale.parallel import shared_segment
 from megascale.parallel.shared_memory import SharedMemoryGroup
 from megascale.parallel.shared_segment import Segment, open_segment
 
+HIGH = 1024
+
 
 def test_a_killed_rank_is_noticed() -> None:
+    """Also by a process with more than 1024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2 * HIGH:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * HIGH), hard))
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         made = shared_segment._make(2)
         assert made is not None
-        segment = Segment(made[1], {1: os.pidfd_open(other.pid)}, 0, timedelta(seconds=60))
+        watched = os.pidfd_open(other.pid)
+        high = fcntl.fcntl(watched, fcntl.F_DUPFD, HIGH)
+        segment = Segment(made[1], {1: high}, 0, timedelta(seconds=60))
         start = time.monotonic()
         other.kill()
         with pytest.raises(RuntimeError, match="connection closed by peer 1"):
             segment.meet()
         assert time.monotonic() - start < 30
         segment.close()
+        os.close(watched)
         os.close(made[0])
 
 
