@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
 )
 from torch.futures import Future
 from torch.profiler import record_function
+from torch.utils._pytree import tree_leaves
 
 from megascale.parallel.shared_segment import SLOT_BYTES, Segment, open_segment
 
@@ -43,17 +45,37 @@ Combine = Callable[[Tensor, Sequence[Tensor]], None]
 """Writes the sum, the largest or the least of some tensors into another one."""
 
 
-def _by_gloo(name: str) -> Any:
+def _by_gloo(name: str, kind: str = "", whole: int = 0) -> Any:
     """A method of a group that is gloo's own.
 
     The base class has them all, but calls gloo with Python's global lock held. A thread of gloo's
     that lets a tensor go wants that lock, and may hold the one that the call waits for.
+
+    Args:
+        kind: what the observer is told; "": nothing.
+        whole: which argument has the whole tensors.
     """
 
     def method(self: SharedMemoryGroup, *args: Any, **kwargs: Any) -> dist.Work:
-        return getattr(self._gloo, name)(*args, **kwargs)
+        tensors = tree_leaves(args[whole]) if kind else ()
+        with self._during(kind, *tensors) if kind else nullcontext():
+            return getattr(self._gloo, name)(*args, **kwargs)
 
     method.__name__ = name
+    return method
+
+
+def _one_by_one(single: Callable[..., dist.Work]) -> Any:
+    """A method that does for several outputs and inputs what another one does for one of each."""
+
+    def method(
+        self: SharedMemoryGroup, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        for output, input in zip(outputs, inputs, strict=True):
+            single(self, output, input, opts).wait()
+        return _done(outputs)
+
+    method.__name__ = f"{single.__name__}_coalesced"
     return method
 
 
@@ -173,40 +195,21 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._segment.meet()
         return _done([])
 
-    def send(self, tensors: list[Tensor], dst: int, tag: int) -> dist.Work:
-        """See `dist.send`."""
-        with self._during("send", *tensors):
-            return self._gloo.send(tensors, dst, tag)
-
-    recv = _by_gloo("recv")
+    send = _by_gloo("send", "send")
+    recv = _by_gloo("recv")  # the sender tells
     recv_anysource = _by_gloo("recv_anysource")
-    reduce = _by_gloo("reduce")
-    gather = _by_gloo("gather")
-    scatter = _by_gloo("scatter")
-    reduce_scatter = _by_gloo("reduce_scatter")
-    alltoall = _by_gloo("alltoall")
-    allreduce_coalesced = _by_gloo("allreduce_coalesced")
-    allgather_coalesced = _by_gloo("allgather_coalesced")
+    reduce = _by_gloo("reduce", "reduce")
+    gather = _by_gloo("gather", "gather")
+    scatter = _by_gloo("scatter", "scatter")
+    reduce_scatter = _by_gloo("reduce_scatter", "reduce_scatter", whole=1)
+    alltoall = _by_gloo("alltoall", "all_to_all", whole=1)
+    allreduce_coalesced = _by_gloo("allreduce_coalesced", "all_reduce")
+    allgather_coalesced = _by_gloo("allgather_coalesced", "all_gather")
     monitored_barrier = _by_gloo("monitored_barrier")
-
-    def all_gather_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> dist.Work:
-        """One after the other."""
-        for output, input in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, input, opts).wait()
-        return _done(outputs)
-
-    def reduce_scatter_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> dist.Work:
-        """One after the other."""
-        for output, input in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, input, opts).wait()
-        return _done(outputs)
-
-    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
+    all_gather_single_coalesced = _one_by_one(all_gather_single)
+    reduce_scatter_single_coalesced = _one_by_one(reduce_scatter_single)
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def _memory_for(self, tensors: Sequence[Tensor]) -> Segment | None:
         """The memory, if it can take a collective of these tensors; None: gloo does it."""
@@ -296,16 +299,17 @@ def _pieces(total: int, most: int) -> Iterator[tuple[int, int]]:
 def _combine(dtype: torch.dtype, op: Any) -> Combine | None:
     """How tensors of a type are reduced; None: not here."""
     if op == dist.ReduceOp.SUM and dtype != torch.bool:
-        return _sum_in_fp32 if dtype in (torch.bfloat16, torch.float16) else _sum
+        half = dtype in (torch.bfloat16, torch.float16)
+        return _sum_in_fp32 if half else partial(_fold, torch.add)
     if op == dist.ReduceOp.MAX:
-        return _largest
-    return _least if op == dist.ReduceOp.MIN else None
+        return partial(_fold, torch.maximum)
+    return partial(_fold, torch.minimum) if op == dist.ReduceOp.MIN else None
 
 
-def _sum(out: Tensor, parts: Sequence[Tensor]) -> None:
-    torch.add(parts[0], parts[1], out=out)
+def _fold(operation: Callable[..., Tensor], out: Tensor, parts: Sequence[Tensor]) -> None:
+    operation(parts[0], parts[1], out=out)
     for part in parts[2:]:
-        out.add_(part)
+        operation(out, part, out=out)
 
 
 def _sum_in_fp32(out: Tensor, parts: Sequence[Tensor]) -> None:
@@ -313,18 +317,6 @@ def _sum_in_fp32(out: Tensor, parts: Sequence[Tensor]) -> None:
     for part in parts[1:]:
         total.add_(part)
     out.copy_(total)
-
-
-def _largest(out: Tensor, parts: Sequence[Tensor]) -> None:
-    torch.maximum(parts[0], parts[1], out=out)
-    for part in parts[2:]:
-        torch.maximum(out, part, out=out)
-
-
-def _least(out: Tensor, parts: Sequence[Tensor]) -> None:
-    torch.minimum(parts[0], parts[1], out=out)
-    for part in parts[2:]:
-        torch.minimum(out, part, out=out)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
+from megascale.parallel import shared_memory
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts, train_step
 
@@ -41,7 +42,7 @@ _KINDS = (
     ),
 )
 _MOVED = ("gloo:", "nccl:")  # beside the step, on threads or streams of their own
-_MEMORY = "shared_memory:"  # within the step
+_MEMORY = f"{shared_memory.BACKEND}:"  # within the step
 OTHER = "elementwise and reductions"
 
 

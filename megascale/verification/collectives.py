@@ -62,11 +62,8 @@ class CollectiveCounter(TorchDispatchMode):
         meshes |= {axis: mesh.device_mesh[axis] for axis in AXES}  # of equal groups, these names
         groups = {axis: dist.get_process_group_ranks(m.get_group()) for axis, m in meshes.items()}
         self._axes = {tuple(ranks): axis for axis, ranks in groups.items() if len(ranks) > 1}
-        self._groups = {
-            group
-            for group in (each.get_group() for each in meshes.values())
-            if isinstance(group, SharedMemoryGroup)
-        }
+        every = {each.get_group() for each in meshes.values()}
+        self._groups = [group for group in every if isinstance(group, SharedMemoryGroup)]
 
     def __enter__(self) -> CollectiveCounter:
         for group in self._groups:
