@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """A mistake in what the user gave (config, files, cluster), never a bug of ours.
@@ -32,6 +34,9 @@ class NumericalError(UserError):
 
 class DiskFullError(UserError):
     """A file that cannot be written because the disk or a quota is full."""
+
+    NUMBERS = (errno.ENOSPC, errno.EDQUOT)
+    """What the system calls it."""
 
 
 class NodeError(UserError):

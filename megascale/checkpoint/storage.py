@@ -49,7 +49,7 @@ def explain_write_errors(path: str) -> Iterator[None]:
             errno.EROFS: "choose a writable run.output_dir or checkpoint.folder",
             errno.EACCES: "choose a run.output_dir that this user may write to",
         }
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in DiskFullError.NUMBERS
         raise (DiskFullError if full else UserError)(
             f"cannot write {path}: {error.strerror or error}",
             rule="a checkpoint must be written whole",

@@ -15,10 +15,10 @@ from pathlib import Path, PurePath
 from posixpath import normpath, relpath
 from typing import Any, BinaryIO, cast
 
-from megascale.errors import UserError
+from megascale.errors import DiskFullError, UserError
 
 Place = str | os.PathLike[str]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (*DiskFullError.NUMBERS, errno.EFBIG)
 _LOCAL = ("file", "local")
 
 

@@ -9,7 +9,6 @@ and stays silent where the launcher will speak.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -88,7 +87,7 @@ def kind_of(error: BaseException) -> str:
         return "disk full"
     if isinstance(error, UserError):
         return "config error"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DiskFullError.NUMBERS:
         return "disk full"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory"
