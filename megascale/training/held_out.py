@@ -42,8 +42,9 @@ def evaluate_checkpoint(
     Raises:
         UserError: damaged checkpoint, unknown split, or data of another tokenizer.
     """
-    mesh = build_mesh(device.type)
     model = LoadedModel(path, device, weights)
+    through_memory = model.config.performance.shared_memory == "auto"
+    mesh = build_mesh(device.type, through_memory=through_memory)
     corpora = _corpora(model, data)
     datasets = _whole(model, corpora) if data else _split(model, corpora, split)
     micro_batch_size = model.config.train.micro_batch_size
