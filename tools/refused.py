@@ -81,10 +81,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="refused-") as name:
         folder = Path(name)
         config = _write_config(folder)
-        for number, experiment in enumerate(_experiments()):
-            place = folder / str(number)
+        for experiment in _experiments():
             asked = " ".join((str(experiment.layout), *experiment.changes))
-            print(f"{asked}: {_run(config, experiment, place)}", flush=True)
+            print(f"{asked}: {_run(config, experiment, folder)}", flush=True)
 
 
 def _write_config(folder: Path) -> Path:
@@ -94,29 +93,33 @@ def _write_config(folder: Path) -> Path:
             start = rng.integers(0, _VOCAB)
             steps = rng.integers(0, 3, rng.integers(20, 120))
             writer.add_document([(start + np.cumsum(steps)) % _VOCAB])
-    tree: dict[str, dict[str, object]] = {
-        "model": {"num_layers": 8, "hidden_size": 32, "num_attention_heads": 4},
+    size = {"num_layers": 8, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
+    tree = {
+        "model": {**size, "vocab_size": _VOCAB},
         "data": {"path": str(folder / "corpus"), "split": [0.9, 0.1]},
         "train": {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": 20},
         "optimizer": {"name": "sgd", "lr": 0.02, "grad_clip": 0.0},
         "parallel": {"collective_timeout_s": 30},
     }
-    tree["model"] |= {"seq_length": 16, "vocab_size": _VOCAB}
     path = folder / "config.yaml"
     path.write_text(dump_yaml(tree))
     return path
 
 
 def _run(config: Path, experiment: Experiment, folder: Path) -> str:
-    """What an experiment shows."""
+    """What an experiment shows; the single process is run once for all with the same changes."""
+    places = []
     for layout in (SINGLE, experiment.layout):
-        out = folder / str(layout)
+        out = folder / " ".join((str(layout), *experiment.changes))
+        places.append(out)
+        if layout == SINGLE and out.exists():
+            continue
         asked = json.dumps([str(config), str(layout), experiment.changes, str(out)])
         code = launch_local([asked], layout.world_size, out / "logs", _rank)
         if code:
             return f"ends with code {code}: {_error(out / 'logs', layout.world_size)}"
-    expected = read_record(folder / str(SINGLE), 1)
-    found = read_record(folder / str(experiment.layout), experiment.layout.world_size)
+    expected = read_record(places[0], 1)
+    found = read_record(places[1], experiment.layout.world_size)
     checked = _load(config, experiment.layout, experiment.changes)
     micro = checked.train.global_batch_size // experiment.layout.dp
     verdict = compare(found, expected, experiment.layout, FP32, micro, checked.optimizer.lr)
@@ -133,7 +136,8 @@ def _error(logs: Path, num_ranks: int) -> str:
     notes = read_notes(logs, num_ranks).values()
     if not notes:
         return "it told nothing"
-    text = min(notes, key=lambda note: note.lost_peer).text
+    note = min(notes, key=lambda note: note.lost_peer)
+    text = note.trace or note.text  # a pipeline names its own error last, and the cause first
     named = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): *(.*)", text, re.M)
     words = ": ".join(named[0]) if named else text
     return " ".join(words.split())[:160]
