@@ -44,13 +44,8 @@ def all_live_bytes() -> int:
     """
     gc.collect()
     found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
-    own = (_local(tensor) for tensor in found)
-    return _count((tensor for tensor in own if _is_torchs(tensor)), set())
-
-
-def _is_torchs(tensor: torch.Tensor) -> bool:
-    plain = tensor.device.type != "meta" and tensor.layout is torch.strided
-    return plain and tensor.untyped_storage().resizable()
+    held = filter(_has_storage, map(_local, found))
+    return _count((tensor for tensor in held if tensor.untyped_storage().resizable()), set())
 
 
 def _weights(module: torch.nn.Module) -> Iterable[torch.Tensor]:
@@ -65,11 +60,13 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "meta" and tensor.layout is torch.strided
+
+
 def _count(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
     total = 0
-    for tensor in tensors:
-        if tensor.device.type == "meta" or tensor.layout is not torch.strided:
-            continue
+    for tensor in filter(_has_storage, tensors):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
