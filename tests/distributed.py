@@ -35,8 +35,12 @@ def _worker(rank: int, world_size: int, store_path: str, conn: Connection) -> No
     dist.init_process_group(
         "gloo", store=dist.FileStore(store_path, world_size), rank=rank, world_size=world_size
     )
-    gc.freeze()  # what was imported is never garbage, and there is much of it
+    modules = 0
     while True:
+        if len(sys.modules) > modules:
+            modules = len(sys.modules)
+            gc.collect()  # what imports made is never garbage, and there is much of it
+            gc.freeze()
         task = conn.recv()
         if task is None:
             break

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from megascale.cli.config import ConfigFile, Overrides
-from megascale.cli.process import distributed_process
+from megascale.cli.process import distributed_process, entry_of_ranks
 from megascale.cli.verify_runs import (
     SGD_STEPS,
     VARIANTS,
@@ -25,6 +26,7 @@ from megascale.cli.verify_runs import (
 )
 from megascale.errors import UserError
 from megascale.launcher.environment import process_info
+from megascale.launcher.forked import Entry
 from megascale.launcher.local import launch_local
 from megascale.verification.layout import (
     SINGLE,
@@ -69,7 +71,8 @@ def layout(
 
     folder = Path(tempfile.mkdtemp(prefix="megascale-verify-"))
     try:
-        rows = Verification(config, tuple(base), steps, device, folder, say).run(chosen)
+        entry = _entry(device, chosen)
+        rows = Verification(config, tuple(base), steps, device, folder, say, entry).run(chosen)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _print(rows, as_json, console)
@@ -127,6 +130,7 @@ def resume(
     origin, goal = _one_layout(source), _one_layout(target or source)
     checked = [load(config, base, one) for one in (origin, goal)]
     folder = Path(tempfile.mkdtemp(prefix="megascale-verify-"))
+    entry = _entry(device, (origin, goal))
     console = Console()
     console.print(
         f"from {origin} to {goal}: save after step {at_step}, kill, continue {steps} steps"
@@ -136,9 +140,8 @@ def resume(
             arguments = ["verify", "resume-ranks", str(config), *base, "--part", part]
             arguments += ["--layout", str(one), "--at-step", str(at_step)]
             arguments += ["--steps", str(at_step + steps), "--device", device]
-            code = launch_local(
-                [*arguments, "--folder", str(folder)], one.world_size, folder / "logs" / part
-            )
+            arguments += ["--folder", str(folder)]
+            code = launch_local(arguments, one.world_size, folder / "logs" / part, entry)
             if not _ended_as_meant(part, code, folder):
                 console.print(f"the {part} run ended with code {code}")
                 raise typer.Exit(2)
@@ -212,6 +215,12 @@ def resume_ranks(
             killed_run(checked, place, at_step, saved)
         else:
             resumed_run(checked, place, steps, saved, folder / "resumed.json")
+
+
+def _entry(device: str, layouts: Sequence[Layout]) -> Entry | None:
+    """What ranks are forked into, with all imported that some layout needs."""
+    only_torch = all(one.engine == "torch" for one in layouts)
+    return entry_of_ranks(device, "torch" if only_torch else "deepspeed")
 
 
 def _choose(config: Path, overrides: list[str], text: str, nproc: int) -> list[Layout]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from megascale.config.load import load_config
 from megascale.config.problems import ConfigError
 from megascale.config.schema import Config
 from megascale.launcher.failure import read_notes
+from megascale.launcher.forked import Entry
 from megascale.launcher.local import launch_local
 from megascale.verification.layout import SINGLE, Layout
 
@@ -74,6 +75,7 @@ class Verification:
 
     Attributes:
         config: file. overrides: dotted settings. steps: to compare. device: cpu or cuda.
+        entry: what ranks are forked into, see `launch_local`.
         folder: where ranks write their records; they are removed when they are judged.
         say: prints a line of progress.
     """
@@ -84,6 +86,7 @@ class Verification:
     device: str
     folder: Path
     say: Callable[[str], None]
+    entry: Entry | None = None
     references: dict[str, RunRecord] = field(default_factory=dict)
 
     def run(self, chosen: Sequence[Layout]) -> list[Row]:
@@ -124,8 +127,8 @@ class Verification:
             while waiting:
                 # ranks are started once for many layouts; after a failure, anew for the rest
                 before = len(rows)
-                with self._judging(waiting, add):
-                    code = self._start(waiting)
+                with self._judging(waiting, add) as begin:
+                    code = self._start(waiting, begin)
                 if code in _STOPPED:
                     raise typer.Exit(code)
                 del waiting[: len(rows) - before]
@@ -135,7 +138,7 @@ class Verification:
                     add(Row(waiting.pop(0), {}, failure))
         return rows
 
-    def _start(self, group: Sequence[Layout]) -> int:
+    def _start(self, group: Sequence[Layout], started: Callable[[], None] | None = None) -> int:
         """Record these layouts, all of one number of processes; returns the ranks' exit code."""
         self.folder.mkdir(parents=True, exist_ok=True)
         names = self.folder / "layouts"  # hundreds are too long for a command line
@@ -143,11 +146,17 @@ class Verification:
         arguments = ["verify", "ranks", str(self.config), *self.overrides]
         arguments += ["--layouts", str(names), "--steps", str(self.steps)]
         arguments += ["--device", self.device, "--folder", str(self.folder)]
-        return launch_local(arguments, group[0].world_size, self.folder / "logs")
+        logs = self.folder / "logs"
+        return launch_local(arguments, group[0].world_size, logs, self.entry, started)
 
     @contextmanager
-    def _judging(self, waiting: Sequence[Layout], add: Callable[[Row], None]) -> Iterator[None]:
-        """Judge layouts in their order while their ranks run; at the end, what is complete."""
+    def _judging(
+        self, waiting: Sequence[Layout], add: Callable[[Row], None]
+    ) -> Iterator[Callable[[], None]]:
+        """Judge layouts in their order while their ranks run; at the end, what is complete.
+
+        Yields what begins it, in a thread: it is called when the ranks are forked.
+        """
         ended = threading.Event()
 
         def judge() -> None:
@@ -160,13 +169,14 @@ class Verification:
                 add(self._compare(one))
                 shutil.rmtree(self.folder / str(one), ignore_errors=True)
 
+        judged: list[Future[None]] = []
         with ThreadPoolExecutor(1) as pool:
-            judged = pool.submit(judge)
             try:
-                yield
+                yield lambda: judged.append(pool.submit(judge))
             finally:
                 ended.set()
-            judged.result()
+        for done in judged:
+            done.result()
 
     def _compare(self, chosen: Layout) -> Row:
         from megascale.engine.capabilities import choose_engine

@@ -42,7 +42,7 @@ def preload(modules: Sequence[str], *, on_gpu: bool) -> bool:
     They cannot where threads run already, and not where there is no /proc to count them. With
     `on_gpu` nothing is imported that might look for GPUs: a driver does not survive a fork.
     """
-    if not _is_single() or (on_gpu and _GPU.exists()):
+    if not can_fork() or (on_gpu and _GPU.exists()):
         return False
     was_enabled = gc.isenabled()
     gc.disable()  # 500,000 objects that all live on
@@ -54,10 +54,11 @@ def preload(modules: Sequence[str], *, on_gpu: bool) -> bool:
         gc.freeze()  # a collection in a rank leaves these pages shared
         if was_enabled:
             gc.enable()
-    return _is_single()
+    return can_fork()
 
 
-def _is_single() -> bool:
+def can_fork() -> bool:
+    """Whether this process has one thread only: others would not be there in a fork of it."""
     return _TASKS.is_dir() and len(list(_TASKS.iterdir())) == 1
 
 

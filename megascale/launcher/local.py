@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ from types import FrameType
 from megascale.errors import UserError
 from megascale.launcher.environment import FAILURE_DIR, LISTEN_FD
 from megascale.launcher.failure import Failure, blamed, clear_notes, has_mark, read_notes
-from megascale.launcher.forked import Entry, ForkedRank, Rank
+from megascale.launcher.forked import Entry, ForkedRank, Rank, can_fork
 
 _POLL_S = 0.05
 _GRACE_S = 10.0  # from a signal to the next, stronger one
@@ -31,7 +31,11 @@ _TAIL_LINES = 60
 
 
 def launch_local(
-    arguments: Sequence[str], nproc: int, log_dir: Path, entry: Entry | None = None
+    arguments: Sequence[str],
+    nproc: int,
+    log_dir: Path,
+    entry: Entry | None = None,
+    started: Callable[[], None] | None = None,
 ) -> int:
     """Run `python -m megascale ARGUMENTS` on `nproc` ranks; returns the exit code of the run.
 
@@ -40,8 +44,11 @@ def launch_local(
 
     Args:
         entry: what `python -m megascale` calls: the ranks are forked from this process and call
-            it, too. None: they are programs of their own.
+            it, too. None, or where threads run in this process: they are programs of their own.
+        started: called once all ranks are started: from then on threads may run here.
     """
+    if entry is not None and not can_fork():
+        entry = None
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,6 +62,8 @@ def launch_local(
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
         ranks = [_start(arguments, rank, nproc, listener, log_dir, entry) for rank in range(nproc)]
+    if started is not None:
+        started()
     try:
         with _passed_on(ranks):
             failed = _wait(ranks, log_dir)
