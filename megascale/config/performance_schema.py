@@ -22,8 +22,8 @@ class PerformanceConfig(Section):
     """Whether adamw and sgd update a tensor in one pass over it; auto: yes, except on the CPU where
     copies of a weight lie at different places of DeepSpeed's flat partitions."""
     compiled_kernels: Choice = "auto"
-    """Whether softmax and GELU on CPU are C++ that is compiled at the first use on a machine; auto:
-    in bf16, where a compiler is found; always: in fp32, too."""
+    """Whether softmax, GELU and dropout's masks on CPU are C++ that is compiled at the first use on
+    a machine; auto: where a compiler is found, softmax and GELU in bf16; always: in fp32, too."""
     keep_memory: Choice = "auto"
     """Whether glibc's allocator keeps freed memory for the next tensors instead of returning it to
     the system and mapping it anew, page by page; auto: on CPU. It changes no other allocator."""

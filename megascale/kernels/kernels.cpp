@@ -251,7 +251,43 @@ void gelu_backward(const T* x, const T* grad, T* out, int64_t n) {
   }
 }
 
+// ---- dropout: which elements are kept, as models/dropout.py defines it
+
+// One output of SplitMix64 (OOPSLA 2014) for a state.
+constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
+
+inline uint64_t splitmix(uint64_t state) {
+  uint64_t z = state + STEP;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// keep[b, r, i] is of element (rows[r], places[i]) of sample b, whose rows have `full` elements
+void keep_mask(const int64_t* keys, int64_t samples, int64_t site, const int64_t* rows,
+               int64_t row_count, const int64_t* places, int64_t n, int64_t full, int64_t bound,
+               uint8_t* keep) {
+  const uint64_t salt = splitmix(uint64_t(site));
+#pragma omp parallel for if (samples * row_count * n > PIECE)
+  for (int64_t line = 0; line < samples * row_count; ++line) {
+    const uint64_t stream = splitmix(uint64_t(keys[line / row_count]) ^ salt);
+    const uint64_t first = uint64_t(rows[line % row_count]) * uint64_t(full);
+    uint8_t* out = keep + line * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t bits = splitmix(stream + (first + uint64_t(places[i])) * STEP);
+      out[i] = (bits >> 11) >= uint64_t(bound);
+    }
+  }
+}
+
 }  // namespace
+
+extern "C" void keep_mask_int64(const int64_t* keys, int64_t samples, int64_t site,
+                                const int64_t* rows, int64_t row_count, const int64_t* places,
+                                int64_t n, int64_t full, int64_t bound, uint8_t* keep) {
+  keep_mask(keys, samples, site, rows, row_count, places, n, full, bound, keep);
+}
 
 #define FOR_TYPE(NAME, T)                                                                         \
   extern "C" void probabilities_##NAME(T* logits, int64_t rows, int64_t n, const int64_t* labels, \

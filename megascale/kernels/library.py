@@ -39,10 +39,12 @@ class Library:
     """The compiled functions of a process, once `enable` found that they are wanted.
 
     Attributes:
-        dtypes: what tensors are handed to them; empty for none.
+        enabled: whether there are any.
+        dtypes: what floating-point tensors are handed to them; empty for none.
     """
 
     def __init__(self) -> None:
+        self.enabled = False
         self.dtypes: frozenset[torch.dtype] = frozenset()
         self._loaded: ctypes.CDLL | None = None
 
@@ -50,7 +52,7 @@ class Library:
         """Choose for the models that run from now on; compiles at the first use on a machine.
 
         Args:
-            choice: auto: bf16, where it is faster than torch; always: fp32, too.
+            choice: auto: bf16, where it is faster than torch, and masks; always: fp32, too.
             cache: folder for the result; None for the user's.
 
         Returns:
@@ -59,7 +61,7 @@ class Library:
         Raises:
             UserError: always, and it cannot be.
         """
-        self.dtypes = frozenset()
+        self.enabled, self.dtypes = False, frozenset()
         if choice == "never" or device.type != "cpu":
             return None
         try:
@@ -73,7 +75,7 @@ class Library:
                 ) from error
             return f"compiled kernels are not used, torch does the same slower: {error}"
         wide = {torch.float32} if choice == "always" else set()
-        self.dtypes = frozenset({torch.bfloat16, *wide})
+        self.enabled, self.dtypes = True, frozenset({torch.bfloat16, *wide})
         return None
 
     def takes(self, tensor: torch.Tensor) -> bool:

@@ -58,6 +58,23 @@ def accumulate_(total: Tensor, values: Tensor) -> None:
     LIBRARY.call("accumulate", values.dtype, total, values, values.numel())
 
 
+def keep_mask(
+    keys: Tensor, site: int, rows: Tensor, places: Tensor, full: int, bound: int
+) -> Tensor:
+    """Which elements dropout keeps, see `megascale.models.dropout`: (B, R, C) bool.
+
+    Args:
+        keys: (B,) of the samples. site: of the model, as int64.
+        rows, places: (R,), (C,) int64: the element's row in the sample's tensor, flat but for its
+            last dim, and its place there. full: length of that dim.
+        bound: what the upper 53 bits of an element's hash must reach.
+    """
+    keep = torch.empty(len(keys), len(rows), len(places), dtype=torch.bool)
+    arguments = keys, len(keys), site, rows, len(rows), places, len(places), full, bound, keep
+    LIBRARY.call("keep_mask", keys.dtype, *arguments)
+    return keep
+
+
 def gelu(x: Tensor, name: GeluName) -> Tensor:
     """GELU, exact or by tanh, with its gradient."""
     return _Gelu.apply(x.contiguous(), name)

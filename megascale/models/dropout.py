@@ -16,6 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megascale.kernels import passes
+from megascale.kernels.library import LIBRARY
+
 # A keep decision takes the upper 53 bits of the hash: they compare exactly with p * 2**53.
 _DECISION_BITS = 53
 
@@ -87,12 +90,25 @@ def keep_mask(
     if coordinates is None or global_shape is None:
         coordinates = [torch.arange(length, device=keys.device) for length in local_shape]
         global_shape = local_shape
+    bound = int(p * (1 << _DECISION_BITS))
+    if LIBRARY.enabled and keys.device.type == "cpu":
+        return _in_one_pass(keys, site, coordinates, global_shape, bound)
     index = _global_index(coordinates, global_shape)
     salt = torch.full((), _signed64(site), dtype=torch.int64, device=keys.device)
     streams = splitmix64(keys ^ splitmix64(salt))
     streams = streams.view(-1, *(1,) * len(coordinates))  # (B, 1, ...)
     bits = splitmix64(streams + index * _INCREMENT)  # (B, *local_shape)
-    return _shift_right(bits, 64 - _DECISION_BITS) >= int(p * (1 << _DECISION_BITS))
+    return _shift_right(bits, 64 - _DECISION_BITS) >= bound
+
+
+def _in_one_pass(
+    keys: Tensor, site: int, coordinates: Sequence[Tensor], global_shape: Sequence[int], bound: int
+) -> Tensor:
+    *outer, places = (along.contiguous() for along in coordinates)
+    rows = _global_index(outer, global_shape[:-1]).flatten() if outer else places.new_zeros(1)
+    length, signed = global_shape[-1], _signed64(site)
+    keep = passes.keep_mask(keys.contiguous(), signed, rows, places, length, bound)
+    return keep.view(-1, *(len(along) for along in coordinates))
 
 
 class CounterDropout(nn.Module):

@@ -16,6 +16,7 @@ from megascale.kernels import library, passes
 from megascale.kernels.library import LIBRARY
 from megascale.models import blockwise_attention
 from megascale.models.attention import CoreAttention, Visibility
+from megascale.models.dropout import keep_mask, sample_keys
 from megascale.parallel import linear_cross_entropy as fused
 from megascale.parallel.linear_cross_entropy import LossTerms, linear_cross_entropy
 
@@ -69,6 +70,29 @@ def test_gelu_and_its_gradient(name: passes.GeluName, dtype: torch.dtype) -> Non
     reference = F.gelu(values.detach(), approximate="tanh" if name == "gelu_tanh" else "none")
     near(out.detach(), reference, dtype)
     near(own.grad, values.grad, dtype)
+
+
+MASKS = [
+    # local shape, places along each dim of the whole, its shape
+    ((7,), None, None),
+    ((3, 5, 33), None, None),
+    ((2, 4, 3), ([6, 2], [1, 3, 5, 7], [40, 8, 9]), (8, 9, 41)),
+    ((2, 1), ([3, 3], [2**33]), (5, 2**40)),
+]
+
+
+@pytest.mark.parametrize(("shape", "places", "full"), MASKS)
+def test_masks_of_dropout_are_the_same_bits(
+    shape: tuple[int, ...], places: tuple[list[int], ...] | None, full: tuple[int, ...] | None
+) -> None:
+    keys = sample_keys(-3, torch.tensor([5, 2**62, 0, 1]))[::2]
+    where = None if places is None else [torch.tensor(along) for along in places]
+    for site, p in ((0, 0.5), (2**63 + 1, 0.1), (-7, 0.0)):
+        LIBRARY.enable("auto", CPU)
+        found = keep_mask(keys, site, shape, p, where, full)
+        LIBRARY.enable("never", CPU)
+        assert torch.equal(found, keep_mask(keys, site, shape, p, where, full))
+        assert found.shape == (2, *shape)
 
 
 def test_gelu_of_the_extremes() -> None:
