@@ -15,7 +15,7 @@ from megascale.config.load import load_config
 from megascale.verification.compare import FP32, FP64, Difference, Verdict, compare
 from megascale.verification.layout import SINGLE, Layout
 from megascale.verification.record import RunRecord, read_record, record_run
-from megascale.verification.report import Row, explain
+from megascale.verification.report import Row, explain, progress
 from tests.distributed import Pools
 from tests.parity.test_engines import settings_of
 
@@ -107,6 +107,8 @@ def test_only_small_differences_of_numbers_are_settled() -> None:
     assert not same.may_be_rounding
 
     assert not small.agrees
+    assert "off a little" in progress(small)
+    assert "DIFFERS" in progress(large)
     assert replace(small, exact=same).agrees
     assert "3.0e-15" in "".join(explain(replace(small, exact=same)))
     for row in (large, order, broken):
