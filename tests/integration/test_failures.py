@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.integration.runs import ROOT, Done, run, settings, write_config
+
+Record = Callable[[str, object], None]
 
 BOUND_S = 25.0
 """Longest time from the fault to the end of all ranks (the launcher polls, warns, then kills): some
@@ -105,9 +108,16 @@ def _train(
     ],
 )
 def test_a_fault_ends_the_run(
-    token_prefix: Path, tmp_path: Path, fault: str, rank: int, code: int, top: str
+    token_prefix: Path,
+    tmp_path: Path,
+    record_property: Record,
+    fault: str,
+    rank: int,
+    code: int,
+    top: str,
 ) -> None:
     done, seconds = _train(token_prefix, tmp_path, fault, rank)
+    record_property("seconds to the end", seconds)
     assert done.code == code, done.output
     errors = done.output.removeprefix(done.stdout).splitlines()
     # a user's mistake is told in three lines, by every rank that made it
@@ -116,17 +126,21 @@ def test_a_fault_ends_the_run(
     assert seconds < BOUND_S
 
 
-def test_a_peer_that_never_comes(token_prefix: Path, tmp_path: Path) -> None:
+def test_a_peer_that_never_comes(
+    token_prefix: Path, tmp_path: Path, record_property: Record
+) -> None:
     """After the longest wait of a collective the run ends and shows where the other rank is."""
     done, seconds = _train(token_prefix, tmp_path, "hang", 1, "parallel.collective_timeout_s=3")
+    record_property("seconds to the end", seconds)
     assert done.code == 1, done.output
     assert "rank 1 did not answer and was ended" in done.output
     assert "in fault" in done.output  # the hanging rank's stack
     assert 3 <= seconds < 3 + BOUND_S
 
 
-def test_under_torchrun(token_prefix: Path, tmp_path: Path) -> None:
+def test_under_torchrun(token_prefix: Path, tmp_path: Path, record_property: Record) -> None:
     done, seconds = _train(token_prefix, tmp_path, "raise", 1, torchrun=True)
+    record_property("seconds to the end", seconds)
     assert done.code == 1, done.output
     assert "the first failure was that of rank 1: ValueError: planted in this rank" in done.output
     root = done.output[done.output.index("Root Cause") :]

@@ -28,10 +28,10 @@ import torch
 
 @dataclass(frozen=True)
 class Job:
-    """A model and its batches; GPT-2's or BERT's architecture with tied embeddings and without
-    dropout.
+    """A model and its batches; GPT-2's or BERT's architecture with tied embeddings.
 
     Attributes:
+        dropout: of embeddings, attention probabilities and what each block adds.
         model: gpt, or bert, with the masked-LM objective alone.
         vocab_size: of the model; token ids are below `vocab_size` - 47, as 50,257 of 50,304.
         dtype: fp32 or bf16, as each stack means it (autocast, or bf16 weights with fp32 masters).
@@ -45,6 +45,7 @@ class Job:
     vocab_size: int = 50304
     seq_length: int = 512
     micro_batch_size: int = 4
+    dropout: float = 0.0
     dtype: str = "bf16"
     threads: int = 1
     warmup: int = 2

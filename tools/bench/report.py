@@ -39,12 +39,13 @@ def _figures(found: dict[str, Any]) -> str:
 
 def _steps(found: dict[str, Any]) -> str:
     job, machine = found["job"], found["machine"]
+    dropout = f", dropout {job['dropout']}" if job["dropout"] else ""
     lines = [
         f"### {found['title']}",
         "",
         f"{job['num_layers']} layers, hidden {job['hidden_size']}, {job['num_heads']} heads, "
         f"vocabulary {job['vocab_size']}, {job['micro_batch_size']} samples of "
-        f"{job['seq_length']} tokens a step, {job['dtype']}, {job['threads']} thread(s). "
+        f"{job['seq_length']} tokens a step, {job['dtype']}, {job['threads']} thread(s){dropout}. "
         f"Matrix products reach {found['matmul_peak'] / 1e9:.0f} GFLOP per CPU-second here. "
         f"{machine['cpu']}; {machine['versions']}; {machine['date']}; load {machine['load']}.",
     ]

@@ -33,8 +33,8 @@ def model_of(job: Job) -> PreTrainedModel:
                 num_hidden_layers=job.num_layers,
                 num_attention_heads=job.num_heads,
                 intermediate_size=4 * job.hidden_size,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
+                hidden_dropout_prob=job.dropout,
+                attention_probs_dropout_prob=job.dropout,
             )
         )
     return GPT2LMHeadModel(
@@ -44,9 +44,9 @@ def model_of(job: Job) -> PreTrainedModel:
             n_embd=job.hidden_size,
             n_layer=job.num_layers,
             n_head=job.num_heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            resid_pdrop=job.dropout,
+            embd_pdrop=job.dropout,
+            attn_pdrop=job.dropout,
             use_cache=False,
         )
     )

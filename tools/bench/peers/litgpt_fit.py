@@ -18,6 +18,8 @@ def model_of(job: Job) -> nn.Module:
     """The job's model as litgpt builds it, with the head tied to the embedding."""
     from litgpt import GPT, Config
 
+    if job.dropout:
+        raise SystemExit("litgpt's models have no dropout")
     config = Config(
         name="job",
         block_size=job.seq_length,

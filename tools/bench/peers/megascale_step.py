@@ -54,7 +54,7 @@ def config_of(job: Job, variant: str, folder: Path) -> dict[str, Any]:
             "num_attention_heads": job.num_heads,
             "vocab_size": job.vocab_size,
             "seq_length": job.seq_length,
-            "dropout": 0.0,
+            "dropout": job.dropout,
         },
         "data": {"path": str(folder / "data"), "split": [1.0]},
         "train": {

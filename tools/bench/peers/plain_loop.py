@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from tools.bench.job import Job, job_of_command_line, run
 
 
+def _dropped(x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, p) if p else x  # torch multiplies by ones otherwise
+
+
 class _Block(nn.Module):
     def __init__(self, job: Job) -> None:
         super().__init__()
         size = job.hidden_size
-        self.heads = job.num_heads
+        self.heads, self.dropout = job.num_heads, job.dropout
         self.norm_1, self.norm_2 = nn.LayerNorm(size), nn.LayerNorm(size)
         self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.up, self.down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
@@ -21,9 +25,12 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=self.dropout
+        )
+        x = x + _dropped(self.out(attended.transpose(1, 2).flatten(2)), self.dropout)
+        hidden = F.gelu(self.up(self.norm_2(x)), approximate="tanh")
+        return x + _dropped(self.down(hidden), self.dropout)
 
 
 class GPT(nn.Module):
@@ -34,7 +41,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(job.vocab_size, job.hidden_size)
         self.positions = nn.Embedding(job.seq_length, job.hidden_size)
         self.blocks = nn.Sequential(*(_Block(job) for _ in range(job.num_layers)))
-        self.norm = nn.LayerNorm(job.hidden_size)
+        self.norm, self.dropout = nn.LayerNorm(job.hidden_size), job.dropout
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 scale = (2 * job.num_layers) ** -0.5 if "out." in name or "down." in name else 1
@@ -42,6 +49,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        x = _dropped(x, self.dropout)
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
