@@ -298,9 +298,10 @@ def _pieces(total: int, most: int) -> Iterator[tuple[int, int]]:
 
 def _combine(dtype: torch.dtype, op: Any) -> Combine | None:
     """How tensors of a type are reduced; None: not here."""
-    if op == dist.ReduceOp.SUM and dtype != torch.bool:
+    mean = op == dist.ReduceOp.AVG and dtype.is_floating_point  # FSDP2's
+    if mean or (op == dist.ReduceOp.SUM and dtype != torch.bool):
         half = dtype in (torch.bfloat16, torch.float16)
-        return _sum_in_fp32 if half else partial(_fold, torch.add)
+        return partial(_sum_in_fp32 if half else _sum, mean=mean)
     if op == dist.ReduceOp.MAX:
         return partial(_fold, torch.maximum)
     return partial(_fold, torch.minimum) if op == dist.ReduceOp.MIN else None
@@ -312,11 +313,17 @@ def _fold(operation: Callable[..., Tensor], out: Tensor, parts: Sequence[Tensor]
         operation(out, part, out=out)
 
 
-def _sum_in_fp32(out: Tensor, parts: Sequence[Tensor]) -> None:
+def _sum(out: Tensor, parts: Sequence[Tensor], mean: bool) -> None:
+    _fold(torch.add, out, parts)
+    if mean:
+        out.div_(len(parts))
+
+
+def _sum_in_fp32(out: Tensor, parts: Sequence[Tensor], mean: bool) -> None:
     total = parts[0].float()
     for part in parts[1:]:
         total.add_(part)
-    out.copy_(total)
+    out.copy_(total.div_(len(parts)) if mean else total)
 
 
 def _flat(tensor: Tensor) -> Tensor:

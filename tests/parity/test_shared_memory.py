@@ -39,12 +39,12 @@ def _values(rank: int, count: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(count, generator=generator, dtype=torch.float64) * 50).to(dtype)
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
+def _sum(parts: list[Tensor], divisor: int = 1) -> Tensor:
     """In the order of the ranks; half precision in fp32, rounded once."""
     total = parts[0].float() if parts[0].dtype in HALF else parts[0].clone()
     for part in parts[1:]:
         total += part
-    return total.to(parts[0].dtype)
+    return (total / divisor).to(parts[0].dtype) if divisor > 1 else total.to(parts[0].dtype)
 
 
 def collectives_rank(size: int, dtype: torch.dtype) -> list[str]:
@@ -71,6 +71,10 @@ def collectives_rank(size: int, dtype: torch.dtype) -> list[str]:
     got = torch.empty(size, dtype=dtype)
     dist.reduce_scatter_tensor(got, rows[rank].flatten(), group=group)
     seen["scatter"] = got, _sum([each[rank] for each in rows])
+    if dtype.is_floating_point:  # FSDP2's reduction
+        got = torch.empty(size, dtype=dtype)
+        dist.reduce_scatter_tensor(got, rows[rank].flatten(), dist.ReduceOp.AVG, group=group)
+        seen["mean"] = got, _sum([each[rank] for each in rows], ranks)
     got = torch.empty(ranks * size, dtype=dtype)
     dist.all_to_all_single(got, rows[rank].flatten(), group=group)
     seen["exchange"] = got, torch.cat([each[rank] for each in rows])
