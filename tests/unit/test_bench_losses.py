@@ -83,7 +83,7 @@ def test_batches_are_the_text_in_order_without_the_mask() -> None:
 
 def train_rank(model: str) -> list[list[float]]:
     """Runs on a rank: fast, plain, plain with other weights, and a fast one that is wrong."""
-    job = replace(TINY, model=model)
+    job = replace(TINY, model=model, dropout=losses.DROPOUT[model])
     wrong: tuple[dict[str, Any], int] = ({"schedule": {"name": "linear"}}, 0)
     return [losses.train(job, *how) for how in (*losses.RUNS.values(), wrong)]
 

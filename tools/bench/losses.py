@@ -59,6 +59,7 @@ class TextJob(Job):
 JOB = TextJob(
     num_layers=4, hidden_size=128, num_heads=4, vocab_size=4096, seq_length=256, micro_batch_size=2
 )
+DROPOUT = {"gpt": 0.0, "bert": 0.1}
 EPS = 1e-6  # of Adam: at 1e-8 rounding decides some updates, see docs/numerics.md
 FP32_LIMIT = 1e-5
 FAST, PLAIN, OTHER = "fast", "plain", "plain, other weights"
@@ -115,16 +116,16 @@ def main() -> None:
     """Train, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--models", default="gpt,bert")
+    parser.add_argument("--models", nargs="+", choices=list(DROPOUT), default=list(DROPOUT))
     parser.add_argument("--json", type=Path, help="write the results here, too")
     arguments = parser.parse_args()
     torch.set_num_threads(JOB.threads)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rows, raw, failures = [], {}, []
-    for model in arguments.models.split(","):
+    for model in arguments.models:
         for dtype in ("fp32", "bf16"):
-            name = f"{model}, {dtype}"
-            job = replace(JOB, model=model, dtype=dtype, steps=arguments.steps)
+            name, rate = f"{model}, {dtype}", DROPOUT[model]
+            job = replace(JOB, model=model, dtype=dtype, dropout=rate, steps=arguments.steps)
             curves = {run: train(job, *how) for run, how in RUNS.items()}
             rows.append((name, cells(curves)))
             raw[name] = {run: losses[::10] for run, losses in curves.items()}
@@ -137,7 +138,8 @@ def main() -> None:
         note = (
             f"Largest (mean) relative difference of a loss in {arguments.steps} steps; about "
             f"{JOB.parameters / 1e6:.1f} million parameters, {JOB.micro_batch_size} x "
-            f"{JOB.seq_length} tokens a step, AdamW with eps {EPS:.0e}, one process."
+            f"{JOB.seq_length} tokens a step, AdamW with eps {EPS:.0e}, dropout "
+            f"{DROPOUT['bert']} in the BERT, one process."
         )
         content = {"job": json.loads(as_json(JOB)), "every tenth loss": raw}
         write_table(arguments.json, "Fast and plain losses", note, COLUMNS, rows, content)
