@@ -45,7 +45,7 @@ def text(ids: int) -> torch.Tensor:
 
 
 class TextJob(Job):
-    """A job on text; what tokens drawn one by one do is told in docs/benchmarks.md."""
+    """A job on text, in which there is context to learn."""
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Job.batch`; after the last word comes the first."""
