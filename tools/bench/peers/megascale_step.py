@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "fused_loss": "never",
             "attention": "sdpa",
             "fused_optimizer": "never",
+            "compiled_kernels": "never",
+            "keep_memory": "never",
+            "shared_memory": "never",
         }
     },
     "zero1": {
@@ -74,19 +78,35 @@ def config_of(job: Job, variant: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def whole_step(config: Config) -> Callable[[int], float]:
-    """The step of `megascale train`."""
-    parts, state = assemble_step(config, torch.device("cpu")), TrainState()
-    return lambda _: train_step(parts, state).loss
+@contextmanager
+def open_step(
+    config: Config, job: Job, weights_of: Config | None = None
+) -> Iterator[Callable[[int], float]]:
+    """What gives the loss of a step of the job by its number; call it in order.
+
+    Args:
+        weights_of: a config whose seed draws the initial weights instead.
+    """
+    if job.model == "bert":
+        yield _masked_step(config, job, weights_of)
+        return
+    parts = assemble_step(config, torch.device("cpu"), weights_of=weights_of)
+    state = TrainState()
+    try:
+        yield lambda _: train_step(parts, state).loss
+    finally:
+        parts.loader.close()
+        parts.engine.close()
 
 
-def masked_step(config: Config, job: Job) -> Callable[[int], float]:
+def _masked_step(config: Config, job: Job, weights_of: Config | None) -> Callable[[int], float]:
     """The step of a BERT on the job's own batches: what `train_step` does but for the loader, whose
     masking would not be that of the other stacks."""
     device = torch.device("cpu")
     prepare_host(config.performance, device)
     mesh = mesh_of(config, device)
-    engine = assemble_engine(config, build_task(config), mesh, device)
+    start = build_task(weights_of or config)
+    engine = assemble_engine(config, build_task(config), mesh, device, start)
     schedule = build_schedule(config)
 
     def step(index: int) -> float:
@@ -114,10 +134,10 @@ def main() -> None:
         tree = config_of(job, arguments.variant, Path(folder))
         config = load_config(tree, checks=all_checks(), world_size=1)
         meter = Meter(job)
-        step = masked_step(config, job) if job.model == "bert" else whole_step(config)
-        for index in range(job.warmup + job.steps):
-            meter.begin()
-            meter.end(step(index))
+        with open_step(config, job) as step:
+            for index in range(job.warmup + job.steps):
+                meter.begin()
+                meter.end(step(index))
         meter.report()
     dist.destroy_process_group()
 
