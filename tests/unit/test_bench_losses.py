@@ -51,6 +51,11 @@ def test_the_limit_of_a_type(dtype: str, passes: float, fails: float, why: str) 
     assert why in str(losses.failure(dtype, curves([8.0, 7.0, 6.0 * fails])))
 
 
+def test_many_small_differences_fail_as_one_large_does() -> None:
+    why = losses.failure("bf16", curves([8.04, 7.035, 6.03]))
+    assert why == "fast and plain differ by 5.0e-03, two seeds only by 3.3e-03"
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_no_number_fails_in_any_run(dtype: str, bad: float) -> None:

@@ -5,8 +5,8 @@
 
 A small GPT and a small BERT train on the words of docs/ in one process on the CPU, fast (settings
 of `performance` automatic) and plain (none of them, and ZeRO-1, where autograd makes the gradient
-of the token table). Code 1: in fp32 a loss differs by more than 1e-5, or in bf16 by as much as in a
-plain run from other initial weights.
+of the token table). Code 1: in fp32 a loss differs by more than 1e-5, or in bf16 losses differ by
+as much as those of a plain run from other initial weights do (at most, or on average).
 """
 
 from __future__ import annotations
@@ -98,10 +98,12 @@ def failure(dtype: str, curves: Curves) -> str | None:
     if dtype == "fp32":
         over = difference > FP32_LIMIT
         return f"fast and plain differ by {difference:.1e} > {FP32_LIMIT:.0e}" if over else None
-    spread = max(differences(curves[OTHER], curves[PLAIN]))
-    if difference < spread:
-        return None
-    return f"fast and plain differ by {difference:.1e}, two seeds only by {spread:.1e}"
+    # single steps stand out in bf16: their mean says more than the largest
+    for measure in (max, statistics.mean):
+        found, spread = (measure(differences(curves[r], curves[PLAIN])) for r in (FAST, OTHER))
+        if found >= spread:
+            return f"fast and plain differ by {found:.1e}, two seeds only by {spread:.1e}"
+    return None
 
 
 def cells(curves: Curves) -> list[str]:
