@@ -80,11 +80,18 @@ def measure(stack: str, job: Job, library: str, timeout_s: float = 1200) -> Resu
 
 def measure_all(
     stacks: Sequence[str], job: Job, libraries: dict[str, str], rounds: int
-) -> dict[str, dict[str, list[Result]]]:
-    """Allocator -> stack -> results of the rounds; a stack that fails is left out, and said so."""
+) -> tuple[dict[str, dict[str, list[Result]]], float]:
+    """Allocator -> stack -> results of the rounds; a stack that fails is left out, and said so.
+
+    Also the matmul peak, the median of the rounds: a machine that others use has another one in
+    every minute.
+    """
     results: dict[str, dict[str, list[Result]]] = {name: {} for name in libraries}
     failed: set[str] = set()
+    peaks = []
     for number in range(rounds):
+        peaks.append(matmul_peak(DTYPES[job.dtype], job.threads))
+        print(f"round {number + 1}: matmul peak {peaks[-1] / 1e9:.0f}", file=sys.stderr)
         for allocator, library in libraries.items():
             for stack in stacks:
                 if stack in failed:
@@ -98,7 +105,7 @@ def measure_all(
                 results[allocator].setdefault(stack, []).append(found)
                 speed = found["tokens_per_cpu_s"]
                 print(f"round {number + 1} {allocator:8} {stack:20} {speed:8.0f}", file=sys.stderr)
-    return results
+    return results, statistics.median(peaks)
 
 
 def summary(results: dict[str, list[Result]], job: Job, peak: float) -> list[Result]:
@@ -168,9 +175,9 @@ def main() -> None:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
     wanted = arguments.allocators.split(",")
     libraries = {name: path for name, path in allocators().items() if name in wanted}
-    peak = matmul_peak(DTYPES[job.dtype], job.threads)
-    print(f"job {as_json(job)}\nmatmul peak {peak / 1e9:.0f} GFLOP per CPU-second")
-    results = measure_all(stacks, job, libraries, arguments.rounds)
+    print(f"job {as_json(job)}")
+    results, peak = measure_all(stacks, job, libraries, arguments.rounds)
+    print(f"matmul peak {peak / 1e9:.0f} GFLOP per CPU-second")
     tables = {name: summary(found, job, peak) for name, found in results.items() if found}
     for allocator, table in tables.items():
         show(table, allocator)
