@@ -130,12 +130,12 @@ def resume(
     origin, goal = _one_layout(source), _one_layout(target or source)
     checked = [load(config, base, one) for one in (origin, goal)]
     folder = Path(tempfile.mkdtemp(prefix="megascale-verify-"))
-    entry = _entry(device, (origin, goal))
     console = Console()
     console.print(
         f"from {origin} to {goal}: save after step {at_step}, kill, continue {steps} steps"
     )
     try:
+        entry = _entry(device, (origin, goal))
         for part, one in (("straight", origin), ("killed", origin), ("resumed", goal)):
             arguments = ["verify", "resume-ranks", str(config), *base, "--part", part]
             arguments += ["--layout", str(one), "--at-step", str(at_step)]

@@ -43,6 +43,8 @@ _HAVE_EPS = ("adamw", "lamb", "muon")
 # The reference's engine offloads nothing; where states lie is no part of the training.
 _AT_HOME = ("parallel.offload_optimizer=false", "parallel.offload_parameters=false")
 
+_EXACTLY = "precision.dtype=fp64"
+
 _STOPPED = (130, 143)
 """Exit codes of ranks that were interrupted or asked to end: no verdict on their layout."""
 
@@ -98,12 +100,11 @@ class Verification:
         rows = self._run(chosen)
         exact = replace(
             self,
-            overrides=(*self.overrides, "precision.dtype=fp64"),
+            overrides=(*self.overrides, _EXACTLY),
             folder=self.folder / "fp64",
             references={},
         )
-        doubtful = [row.layout for row in rows if row.may_be_rounding]
-        doubtful = [one for one in doubtful if self._same_engine(exact, one)]
+        doubtful = [row.layout for row in rows if self._is_for_fp64(row)]
         if not doubtful:
             return rows
         # rounding vanishes in fp64, a mistake does not
@@ -118,7 +119,8 @@ class Verification:
 
         def add(row: Row) -> None:
             rows.append(row)
-            self.say(f"{len(rows)} of {len(chosen)}: {progress(row)}")
+            shown = progress(row, is_settled_later=self._is_for_fp64(row))
+            self.say(f"{len(rows)} of {len(chosen)}: {shown}")
 
         if self._start([SINGLE]):
             raise typer.Exit(2)
@@ -211,15 +213,17 @@ class Verification:
             self.references[variant] = read_record(self.folder / str(SINGLE) / variant, 1)
         return self.references[variant]
 
-    def _same_engine(self, exact: Verification, chosen: Layout) -> bool:
-        """Whether fp32 is what was compared, and fp64 runs on the engine that it ran on."""
+    def _is_for_fp64(self, row: Row) -> bool:
+        """Whether something in fp32 is off a little, and fp64 runs on the engine that it ran on."""
         from megascale.engine.capabilities import choose_engine
 
-        before = load(self.config, self.overrides, chosen)
+        if not row.may_be_rounding:
+            return False
+        before = load(self.config, self.overrides, row.layout)
         if before.precision.dtype != "fp32":
             return False
         try:
-            after = load(self.config, exact.overrides, chosen)
+            after = load(self.config, (*self.overrides, _EXACTLY), row.layout)
         except ConfigError:
             return False
         return choose_engine(before) == choose_engine(after)

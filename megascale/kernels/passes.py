@@ -69,6 +69,7 @@ def keep_mask(
             last dim, and its place there. full: length of that dim.
         bound: what the upper 53 bits of an element's hash must reach.
     """
+    assert all(t.dtype == torch.int64 and t.device.type == "cpu" for t in (keys, rows, places))
     keep = torch.empty(len(keys), len(rows), len(places), dtype=torch.bool)
     arguments = keys, len(keys), site, rows, len(rows), places, len(places), full, bound, keep
     LIBRARY.call("keep_mask", keys.dtype, *arguments)

@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
@@ -22,6 +24,7 @@ from typing import Protocol
 _QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 _TASKS = Path("/proc/self/task")
 _GPU = Path("/dev/nvidiactl")
+_LAST_STEPS_S = 0.1
 
 Entry = Callable[[Sequence[str]], None]
 """What a rank runs, with the command line's arguments."""
@@ -58,7 +61,17 @@ def preload(modules: Sequence[str], *, on_gpu: bool) -> bool:
 
 
 def can_fork() -> bool:
-    """Whether this process has one thread only: others would not be there in a fork of it."""
+    """Whether this process has one thread only: others would not be there in a fork of it.
+
+    One that was joined may still be on its way out: it is waited for.
+    """
+    deadline = time.monotonic() + _LAST_STEPS_S
+    while not _is_single() and threading.active_count() == 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return _is_single()
+
+
+def _is_single() -> bool:
     return _TASKS.is_dir() and len(list(_TASKS.iterdir())) == 1
 
 

@@ -62,9 +62,9 @@ def launch_local(
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
         ranks = [_start(arguments, rank, nproc, listener, log_dir, entry) for rank in range(nproc)]
-    if started is not None:
-        started()
     try:
+        if started is not None:
+            started()
         with _passed_on(ranks):
             failed = _wait(ranks, log_dir)
         if not failed:
@@ -72,6 +72,9 @@ def launch_local(
     except KeyboardInterrupt:
         _stop(ranks, signal.SIGINT)
         return 130
+    except BaseException:
+        _stop(ranks, signal.SIGTERM, _END_S)
+        raise
     return _end(ranks, log_dir)
 
 

@@ -108,7 +108,7 @@ def _in_one_pass(
     rows = _global_index(outer, global_shape[:-1]).flatten() if outer else places.new_zeros(1)
     length, signed = global_shape[-1], _signed64(site)
     keep = passes.keep_mask(keys.contiguous(), signed, rows, places, length, bound)
-    return keep.view(-1, *(len(along) for along in coordinates))
+    return keep.view(len(keys), *(len(along) for along in coordinates))
 
 
 class CounterDropout(nn.Module):

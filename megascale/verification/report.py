@@ -70,8 +70,12 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
-def progress(row: Row) -> str:
-    """One line as soon as a layout is judged: the largest differences of all variants."""
+def progress(row: Row, *, is_settled_later: bool = False) -> str:
+    """One line as soon as a layout is judged: the largest differences of all variants.
+
+    Args:
+        is_settled_later: whether fp64 is still to say if a difference is rounding.
+    """
     verdicts = list(row.verdicts.values())
     if row.failure or not verdicts:
         return f"{row.layout}: FAILED {row.failure.partition(chr(10))[0]}"
@@ -80,7 +84,7 @@ def progress(row: Row) -> str:
         for name in ("loss", "norm", "gradient", "weight")
     }
     shown = ", ".join(f"{name} {size:.1e}" for name, size in largest.items())
-    doubtful = "off a little" if row.may_be_rounding else "DIFFERS"  # fp64 will tell
+    doubtful = "off a little" if is_settled_later else "DIFFERS"
     return f"{row.layout}: {'same' if row.agrees else doubtful}, {shown}"
 
 

@@ -54,11 +54,14 @@ def collectives_rank(size: int, dtype: torch.dtype) -> list[str]:
     parts = [_values(r, size, dtype) for r in range(ranks)]
     rows = [_values(r, size * ranks, dtype).view(ranks, size) for r in range(ranks)]
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, op, wanted in (
+    kinds: list[tuple[str, Any, Tensor]] = [
         ("sum", dist.ReduceOp.SUM, _sum(parts)),
         ("max", dist.ReduceOp.MAX, torch.stack(parts).amax(0)),
         ("min", dist.ReduceOp.MIN, torch.stack(parts).amin(0)),
-    ):
+    ]
+    if dtype.is_floating_point:  # FSDP2's reduction
+        kinds.append(("mean", dist.ReduceOp.AVG, _sum(parts, ranks)))
+    for name, op, wanted in kinds:
         got = parts[rank].clone()
         dist.all_reduce(got, op=op, group=group)
         seen[name] = got, wanted
@@ -71,10 +74,10 @@ def collectives_rank(size: int, dtype: torch.dtype) -> list[str]:
     got = torch.empty(size, dtype=dtype)
     dist.reduce_scatter_tensor(got, rows[rank].flatten(), group=group)
     seen["scatter"] = got, _sum([each[rank] for each in rows])
-    if dtype.is_floating_point:  # FSDP2's reduction
+    if dtype.is_floating_point:
         got = torch.empty(size, dtype=dtype)
         dist.reduce_scatter_tensor(got, rows[rank].flatten(), dist.ReduceOp.AVG, group=group)
-        seen["mean"] = got, _sum([each[rank] for each in rows], ranks)
+        seen["scattered mean"] = got, _sum([each[rank] for each in rows], ranks)
     got = torch.empty(ranks * size, dtype=dtype)
     dist.all_to_all_single(got, rows[rank].flatten(), group=group)
     seen["exchange"] = got, torch.cat([each[rank] for each in rows])

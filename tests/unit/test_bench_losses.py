@@ -89,7 +89,7 @@ def test_batches_are_the_text_in_order_without_the_mask() -> None:
 def train_rank(model: str) -> list[list[float]]:
     """Runs on a rank: fast, plain, plain with other weights, and a fast one that is wrong."""
     job = replace(TINY, model=model, dropout=losses.DROPOUT[model])
-    wrong: tuple[dict[str, Any], int] = ({"schedule": {"name": "linear"}}, 0)
+    wrong: tuple[dict[str, Any], int] = ({**losses.ON, "schedule": {"name": "linear"}}, 0)
     return [losses.train(job, *how) for how in (*losses.RUNS.values(), wrong)]
 
 
@@ -110,7 +110,8 @@ def test_a_difference_ends_the_tool(
     path = tmp_path / "losses.json"
     monkeypatch.setattr(losses.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(losses.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(losses, "train", lambda job, settings, seed: [8.0, 7.0 if settings else 6])
+    ends = {True: 6.0, False: 7.0}
+    monkeypatch.setattr(losses, "train", lambda _, how, seed: [8.0, ends[how is losses.ON]])
     monkeypatch.setattr("sys.argv", ["losses", "--models", "gpt", "--json", str(path)])
     with pytest.raises(SystemExit, match=r"gpt, fp32: fast and plain differ by 1\.4e-01") as ended:
         losses.main()

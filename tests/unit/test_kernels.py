@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,21 +79,34 @@ MASKS = [
     ((3, 5, 33), None, None),
     ((2, 4, 3), ([6, 2], [1, 3, 5, 7], [40, 8, 9]), (8, 9, 41)),
     ((2, 1), ([3, 3], [2**33]), (5, 2**40)),
+    ((80, 150), None, None),  # enough for several threads
+    ((3, 0), None, None),
 ]
 
 
 @pytest.mark.parametrize(("shape", "places", "full"), MASKS)
 def test_masks_of_dropout_are_the_same_bits(
-    shape: tuple[int, ...], places: tuple[list[int], ...] | None, full: tuple[int, ...] | None
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    places: tuple[list[int], ...] | None,
+    full: tuple[int, ...] | None,
 ) -> None:
+    compiled, calls = passes.keep_mask, []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(passes, "keep_mask", counted)
     keys = sample_keys(-3, torch.tensor([5, 2**62, 0, 1]))[::2]
     where = None if places is None else [torch.tensor(along) for along in places]
     for site, p in ((0, 0.5), (2**63 + 1, 0.1), (-7, 0.0)):
-        LIBRARY.enable("auto", CPU)
+        assert LIBRARY.enable("auto", CPU) is None
         found = keep_mask(keys, site, shape, p, where, full)
         LIBRARY.enable("never", CPU)
         assert torch.equal(found, keep_mask(keys, site, shape, p, where, full))
         assert found.shape == (2, *shape)
+    assert len(calls) == 3
 
 
 def test_gelu_of_the_extremes() -> None:

@@ -282,7 +282,7 @@ before = os.environ.get("OMP_NUM_THREADS")
 assert preload(["torch", "no.such.module"], on_gpu=False)
 assert os.environ.get("OMP_NUM_THREADS") == before
 assert "torch" in sys.modules
-sys.exit(launch_local([sys.argv[1], "more"], 2, Path(sys.argv[2]), entry))
+sys.exit(launch_local([sys.argv[1], "more"], 2, Path(sys.argv[2]), entry, lambda: print("started")))
 """
 
 
@@ -307,7 +307,7 @@ def test_forked_ranks_are_like_started_ones(tmp_path: Path, how: str, code: int,
     )
     assert done.returncode == code, done.stderr
     assert said in done.stderr
-    assert done.stdout == "0 0 2 3 None True True 3 True\n"
+    assert sorted(done.stdout.splitlines()) == ["0 0 2 3 None True True 3 True", "started"]
     log = (tmp_path / "logs" / "rank_00001.log").read_text()
     assert log.startswith("1 1 2 3 None True False 3 True\n")
 
@@ -323,8 +323,32 @@ def test_a_process_with_threads_forks_no_ranks() -> None:
         other.join()
 
 
+def test_beside_a_thread_ranks_are_programs(scripts: Path) -> None:
+    """A fork would not have the thread; what it holds would be held for ever."""
+    ended, seen = threading.Event(), []
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        code = launch_local(["exit 0"], 2, scripts, pytest.fail, lambda: seen.append(True))
+    finally:
+        ended.set()
+        other.join()
+    assert code == 0
+    assert seen == [True]
+
+
+def test_ranks_end_when_their_start_is_not_followed_by_what_it_should(scripts: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="new thread"):
+        launch_local(["sleep 60"], 2, scripts, started=fail)
+    assert time.monotonic() - begun < 30
+
+
 def test_no_rank_is_forked_where_a_driver_may_be_awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked, "_is_single", lambda: True)
+    monkeypatch.setattr(forked, "can_fork", lambda: True)
     monkeypatch.setattr(forked, "_GPU", Path("/dev/null"))
     assert not preload(["no.such.module"], on_gpu=True)
     assert preload(["no.such.module"], on_gpu=False)

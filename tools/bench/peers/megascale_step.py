@@ -88,7 +88,8 @@ def open_step(
         weights_of: a config whose seed draws the initial weights instead.
     """
     if job.model == "bert":
-        yield _masked_step(config, job, weights_of)
+        with _masked_step(config, job, weights_of) as masked:
+            yield masked
         return
     parts = assemble_step(config, torch.device("cpu"), weights_of=weights_of)
     state = TrainState()
@@ -99,7 +100,10 @@ def open_step(
         parts.engine.close()
 
 
-def _masked_step(config: Config, job: Job, weights_of: Config | None) -> Callable[[int], float]:
+@contextmanager
+def _masked_step(
+    config: Config, job: Job, weights_of: Config | None
+) -> Iterator[Callable[[int], float]]:
     """The step of a BERT on the job's own batches: what `train_step` does but for the loader, whose
     masking would not be that of the other stacks."""
     device = torch.device("cpu")
@@ -123,7 +127,10 @@ def _masked_step(config: Config, job: Job, weights_of: Config | None) -> Callabl
         engine.step(schedule.lr_at(index))
         return loss
 
-    return step
+    try:
+        yield step
+    finally:
+        engine.close()
 
 
 def main() -> None:
