@@ -47,7 +47,14 @@ class MaskedLMHead(nn.Module):
 
 
 class SentenceHead(nn.Module):
-    """``classifier(tanh(dense(hidden of [CLS])))``: NSP or SOP, in either case two classes."""
+    """``classifier(tanh(dense(hidden of [CLS])))``: NSP or SOP, in either case two classes.
+
+    Attributes:
+        of_first_token: where the tokens of a sample are cut over ranks, only the rank that holds
+            the first one computes something that counts.
+    """
+
+    of_first_token = True
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()

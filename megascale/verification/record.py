@@ -19,6 +19,7 @@ from megascale.checkpoint.tensor_file import TensorFile, write_tensors
 from megascale.config.schema import Config
 from megascale.engine.protocol import Engine, MicroBatch, StepOutcome
 from megascale.parallel.fragment import Box, Fragment, global_runs
+from megascale.parallel.mesh import ParallelMesh
 from megascale.training.assemble import assemble_step
 from megascale.training.state import TrainState
 from megascale.training.step import train_step
@@ -172,7 +173,7 @@ def record_run(
         "norms": norms,
         "samples": samples,
         "dp_rank": mesh.dp_rank,
-        "outputs": [outputs.sums for outputs in recorder.outputs],
+        "outputs": [_counting(outputs.sums, recorder.module, mesh) for outputs in recorder.outputs],
         "sent": {" ".join(key): size for key, size in sorted(counter.bytes.items())},
         "held": asdict(live_bytes(recorder)),
         "parts": [asdict(part) for part in recorder.parts.values()],
@@ -181,6 +182,17 @@ def record_run(
     parts.loader.close()
     recorder.close()
     mesh.close()
+
+
+def _counting(
+    sums: dict[str, list[float]], module: torch.nn.Module, mesh: ParallelMesh
+) -> dict[str, list[float]]:
+    """Without the outputs of heads that look at a token which another rank holds."""
+    if not mesh.cp_rank:
+        return sums
+    named = module.named_modules()
+    heads = tuple(name for name, part in named if getattr(part, "of_first_token", False))
+    return {name: kept for name, kept in sums.items() if not name.startswith(heads)}
 
 
 @dataclass

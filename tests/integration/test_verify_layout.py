@@ -17,6 +17,7 @@ from megascale.verification.compare import FP32, TOLERANCES, Verdict, compare
 from megascale.verification.distances import distances
 from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
 from megascale.verification.record import read_record, record_run
+from tests.bert_data import make_bert_dataset
 from tests.distributed import Pools
 from tests.integration.runs import run, write_config
 from tests.parity.test_engines import settings_of
@@ -85,6 +86,24 @@ def test_a_cut_sequence_in_half_precision(
         verdict = compare(found, reference, ring, TOLERANCES[dtype], micro=4, lr=0.1)
         assert verdict.first is None, verdict.first
         assert verdict.gradient > FP32.gradient  # it did compute in half precision
+
+
+@pytest.mark.parametrize("method", ["ulysses", "ring"])
+def test_a_head_of_the_first_token_counts_where_that_token_is(
+    pools: Pools, tmp_path: Path, method: str
+) -> None:
+    bert = {"model.family": "bert", "model.activation": "gelu", "model.vocab_size": 281}
+    prefix = make_bert_dataset(tmp_path)
+    settings = settings_of(prefix, {**MODEL, **bert, "data.sentence_objective": "nsp"})
+    cut = Layout(cp=2, method=method, engine="torch")
+    for layout in (SINGLE, cut):
+        run_on = pools(layout.world_size)
+        run_on.run(_record, settings=settings, folder=str(tmp_path), layout=layout)
+    found, reference = read_record(tmp_path / str(cut), 2), read_record(tmp_path / str(SINGLE), 1)
+    with contextlib.closing(found), contextlib.closing(reference):
+        assert "sentence_head.dense" in found.outputs[0]
+        verdict = compare(found, reference, cut, FP32, micro=4, lr=0.1)
+        assert verdict.first is None, verdict.first
 
 
 FLAT = Layout(tp=2, zero=3, engine="deepspeed")
