@@ -26,7 +26,7 @@ from megascale.cli.verify_runs import (
 )
 from megascale.errors import UserError
 from megascale.launcher.environment import process_info
-from megascale.launcher.forked import Entry
+from megascale.launcher.forked import Entry, can_fork
 from megascale.launcher.local import launch_local
 from megascale.verification.layout import (
     SINGLE,
@@ -141,7 +141,8 @@ def resume(
             arguments += ["--layout", str(one), "--at-step", str(at_step)]
             arguments += ["--steps", str(at_step + steps), "--device", device]
             arguments += ["--folder", str(folder)]
-            code = launch_local(arguments, one.world_size, folder / "logs" / part, entry)
+            logs, fork = folder / "logs" / part, entry if can_fork() else None
+            code = launch_local(arguments, one.world_size, logs, fork)
             if not _ended_as_meant(part, code, folder):
                 console.print(f"the {part} run ended with code {code}")
                 raise typer.Exit(2)

@@ -18,7 +18,7 @@ from megascale.config.load import load_config
 from megascale.config.problems import ConfigError
 from megascale.config.schema import Config
 from megascale.launcher.failure import read_notes
-from megascale.launcher.forked import Entry
+from megascale.launcher.forked import Entry, can_fork
 from megascale.launcher.local import launch_local
 from megascale.verification.layout import SINGLE, Layout
 
@@ -77,7 +77,7 @@ class Verification:
 
     Attributes:
         config: file. overrides: dotted settings. steps: to compare. device: cpu or cuda.
-        entry: what ranks are forked into, see `launch_local`.
+        entry: what ranks are forked into where that can be, see `launch_local`.
         folder: where ranks write their records; they are removed when they are judged.
         say: prints a line of progress.
     """
@@ -148,8 +148,9 @@ class Verification:
         arguments = ["verify", "ranks", str(self.config), *self.overrides]
         arguments += ["--layouts", str(names), "--steps", str(self.steps)]
         arguments += ["--device", self.device, "--folder", str(self.folder)]
+        entry = self.entry if can_fork() else None
         logs = self.folder / "logs"
-        return launch_local(arguments, group[0].world_size, logs, self.entry, started)
+        return launch_local(arguments, group[0].world_size, logs, entry, started)
 
     @contextmanager
     def _judging(

@@ -263,10 +263,12 @@ inline uint64_t splitmix(uint64_t state) {
   return z ^ (z >> 31);
 }
 
+}  // namespace
+
 // keep[b, r, i] is of element (rows[r], places[i]) of sample b, whose rows have `full` elements
-void keep_mask(const int64_t* keys, int64_t samples, int64_t site, const int64_t* rows,
-               int64_t row_count, const int64_t* places, int64_t n, int64_t full, int64_t bound,
-               uint8_t* keep) {
+extern "C" void keep_mask_int64(const int64_t* keys, int64_t samples, int64_t site,
+                                const int64_t* rows, int64_t row_count, const int64_t* places,
+                                int64_t n, int64_t full, int64_t bound, uint8_t* keep) {
   const uint64_t salt = splitmix(uint64_t(site));
 #pragma omp parallel for if (samples * row_count * n > PIECE)
   for (int64_t line = 0; line < samples * row_count; ++line) {
@@ -279,14 +281,6 @@ void keep_mask(const int64_t* keys, int64_t samples, int64_t site, const int64_t
       out[i] = (bits >> 11) >= uint64_t(bound);
     }
   }
-}
-
-}  // namespace
-
-extern "C" void keep_mask_int64(const int64_t* keys, int64_t samples, int64_t site,
-                                const int64_t* rows, int64_t row_count, const int64_t* places,
-                                int64_t n, int64_t full, int64_t bound, uint8_t* keep) {
-  keep_mask(keys, samples, site, rows, row_count, places, n, full, bound, keep);
 }
 
 #define FOR_TYPE(NAME, T)                                                                         \

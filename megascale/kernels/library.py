@@ -39,12 +39,10 @@ class Library:
     """The compiled functions of a process, once `enable` found that they are wanted.
 
     Attributes:
-        enabled: whether there are any.
-        dtypes: what floating-point tensors are handed to them; empty for none.
+        dtypes: what floating-point tensors are handed to them; empty where there are none.
     """
 
     def __init__(self) -> None:
-        self.enabled = False
         self.dtypes: frozenset[torch.dtype] = frozenset()
         self._loaded: ctypes.CDLL | None = None
 
@@ -61,7 +59,7 @@ class Library:
         Raises:
             UserError: always, and it cannot be.
         """
-        self.enabled, self.dtypes = False, frozenset()
+        self.dtypes = frozenset()
         if choice == "never" or device.type != "cpu":
             return None
         try:
@@ -75,8 +73,13 @@ class Library:
                 ) from error
             return f"compiled kernels are not used, torch does the same slower: {error}"
         wide = {torch.float32} if choice == "always" else set()
-        self.enabled, self.dtypes = True, frozenset({torch.bfloat16, *wide})
+        self.dtypes = frozenset({torch.bfloat16, *wide})
         return None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are compiled functions."""
+        return bool(self.dtypes)
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor goes to the compiled functions."""

@@ -17,7 +17,7 @@ from types import FrameType
 from megascale.errors import UserError
 from megascale.launcher.environment import FAILURE_DIR, LISTEN_FD
 from megascale.launcher.failure import Failure, blamed, clear_notes, has_mark, read_notes
-from megascale.launcher.forked import Entry, ForkedRank, Rank, can_fork
+from megascale.launcher.forked import Entry, ForkedRank, Rank
 
 _POLL_S = 0.05
 _GRACE_S = 10.0  # from a signal to the next, stronger one
@@ -44,11 +44,9 @@ def launch_local(
 
     Args:
         entry: what `python -m megascale` calls: the ranks are forked from this process and call
-            it, too. None, or where threads run in this process: they are programs of their own.
+            it, too; see `can_fork`. None: they are programs of their own.
         started: called once all ranks are started: from then on threads may run here.
     """
-    if entry is not None and not can_fork():
-        entry = None
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megascale.cli import verify_runs
 from megascale.cli.process import collector_paused
 from megascale.errors import PeerError, UserError
 from megascale.launcher import failure, forked, local
@@ -21,6 +22,7 @@ from megascale.launcher.environment import ProcessInfo, process_info, world_size
 from megascale.launcher.forked import preload
 from megascale.launcher.local import launch_local
 from megascale.launcher.rendezvous import choose_device
+from megascale.verification.layout import SINGLE
 
 # Who a process is -----------------------------------------------------------------------------
 
@@ -282,7 +284,7 @@ before = os.environ.get("OMP_NUM_THREADS")
 assert preload(["torch", "no.such.module"], on_gpu=False)
 assert os.environ.get("OMP_NUM_THREADS") == before
 assert "torch" in sys.modules
-sys.exit(launch_local([sys.argv[1], "more"], 2, Path(sys.argv[2]), entry, lambda: print("started")))
+sys.exit(launch_local([sys.argv[1], "more"], 2, Path(sys.argv[2]), entry))
 """
 
 
@@ -307,7 +309,7 @@ def test_forked_ranks_are_like_started_ones(tmp_path: Path, how: str, code: int,
     )
     assert done.returncode == code, done.stderr
     assert said in done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 0 2 3 None True True 3 True", "started"]
+    assert done.stdout == "0 0 2 3 None True True 3 True\n"
     log = (tmp_path / "logs" / "rank_00001.log").read_text()
     assert log.startswith("1 1 2 3 None True False 3 True\n")
 
@@ -323,17 +325,28 @@ def test_a_process_with_threads_forks_no_ranks() -> None:
         other.join()
 
 
-def test_beside_a_thread_ranks_are_programs(scripts: Path) -> None:
+def test_beside_a_thread_ranks_of_verify_are_programs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A fork would not have the thread; what it holds would be held for ever."""
-    ended, seen = threading.Event(), []
+    entries, ended = [], threading.Event()
+    monkeypatch.setattr(verify_runs, "launch_local", lambda *given: entries.append(given[3]) or 0)
+    monkeypatch.setattr(forked, "_is_single", lambda: threading.active_count() == 1)
+    runs = verify_runs.Verification(tmp_path, (), 1, "cpu", tmp_path, pytest.fail, pytest.fail)
     other = threading.Thread(target=ended.wait)
     other.start()
     try:
-        code = launch_local(["exit 0"], 2, scripts, pytest.fail, lambda: seen.append(True))
+        assert runs._start([SINGLE]) == 0
     finally:
         ended.set()
         other.join()
-    assert code == 0
+    assert runs._start([SINGLE]) == 0
+    assert entries == [None, pytest.fail]
+
+
+def test_who_waits_for_the_start_is_told(scripts: Path) -> None:
+    seen: list[bool] = []
+    assert launch_local(["exit 0"], 2, scripts, started=lambda: seen.append(True)) == 0
     assert seen == [True]
 
 
