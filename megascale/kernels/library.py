@@ -1,6 +1,6 @@
-"""Finds a compiler, compiles kernels.cpp once for this machine, and loads it.
+"""Finds a compiler, compiles the C++ beside this file once for this machine, and loads it.
 
-The result lies in a cache by everything that it depends on: source, options, compiler, processor.
+The result lies in a cache by everything that it depends on: sources, options, compiler, processor.
 Ranks that start together may compile at once: each writes a file of its own and renames it.
 """
 
@@ -13,14 +13,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.autograd import _profiler_enabled as is_profiled
+from torch.profiler import record_function
 
 from megascale.errors import UserError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp"))
+HEADERS = (Path(__file__).with_name("values.h"),)
 COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native", "-mprefer-vector-width=512"),
@@ -31,6 +35,9 @@ _OPTIONS = (
 # other runtime, a compiler without OpenMP) the passes run on one thread.
 _THREADS = ("-fopenmp", "-nodefaultlibs", "-lm", "-lc", "-lstdc++")
 _TIMEOUT_S = 120
+
+PROFILED = "kernel:"
+"""Before a function's name in what torch's profiler records."""
 
 Choice = Literal["auto", "always", "never"]
 
@@ -77,6 +84,12 @@ class Library:
         return None
 
     @property
+    def has_fast_attention(self) -> bool:
+        """Whether `passes.attention` finds the instructions for it, without which torch's products
+        are faster."""
+        return self._loaded is not None and self.enabled and bool(self._loaded.attention_is_fast())
+
+    @property
     def enabled(self) -> bool:
         """Whether there are compiled functions."""
         return bool(self.dtypes)
@@ -88,7 +101,8 @@ class Library:
     def call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Call a function for a type; tensors, ints and floats as C has them."""
         function = getattr(self._loaded, f"{name}_{str(dtype).removeprefix('torch.')}")
-        function(*(_as_c(argument) for argument in arguments))
+        with record_function(f"{PROFILED}{name}") if is_profiled() else nullcontext():
+            function(*(_as_c(argument) for argument in arguments))
 
 
 class KernelError(Exception):
@@ -125,7 +139,7 @@ def load(cache: Path) -> ctypes.CDLL:
         raise KernelError(f"no C++ compiler (looked for {', '.join(COMPILERS)})")
     try:
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        source = SOURCE.read_bytes()
+        source = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     except OSError as error:
         raise KernelError(f"{error.filename}: {error.strerror}") from error
     for extra in (_THREADS, ()):
@@ -162,7 +176,7 @@ def _compile(compiler: str, extra: tuple[str, ...], path: Path) -> None:
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *_OPTIONS, str(SOURCE), *extra, "-o", name],
+            [compiler, *_OPTIONS, *map(str, SOURCES), *extra, "-o", name],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,

@@ -52,6 +52,65 @@ def attend_backward_(grad: Tensor, weights: Tensor, seen: Tensor, scale: float) 
     return grad
 
 
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale Q K^T) V`` of bf16 heads, each query over an interval of keys.
+
+    Args:
+        query: (B, H, T, K). key, value: (B, H_kv, T, K), H_kv divides H; K is a multiple of 16 and
+            contiguous.
+        seen: (B or 1, 2, T) int32, contiguous: a query sees the keys [first, last); none is empty.
+
+    Returns:
+        (B, H, T, K), in memory as (B, T, H, K); (B, H, T) fp32, log2 of the exponentials' sum.
+    """
+    out, log_sum = _places_first(query), torch.empty(query.shape[:3])
+    sizes, strides = _layout(key.shape[1], query, key, value, out)
+    addresses = (t.data_ptr() for t in (query, key, value, out))
+    arguments = sizes, strides, *addresses, log_sum, seen, int(len(seen) > 1), scale
+    LIBRARY.call("attention", query.dtype, *arguments)
+    return out, log_sum
+
+
+def attention_backward(
+    grad: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    log_sum: Tensor,
+    seen: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in memory as (B, T, H, K).
+
+    Args:
+        grad: (B, H, T, K), of the result. tensors: query, key, value and the result.
+        log_sum, seen, scale: as there.
+    """
+    query, key, value, _ = tensors
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grads = _places_first(query), _places_first(key), _places_first(value)
+    sizes, strides = _layout(key.shape[1], *tensors, grad, *grads)
+    addresses = (t.data_ptr() for t in (*tensors, grad, *grads))
+    arguments = sizes, strides, *addresses, log_sum, seen, int(len(seen) > 1), scale
+    LIBRARY.call("attention_backward", query.dtype, *arguments)
+    return grads
+
+
+def _places_first(like: Tensor) -> Tensor:
+    """(B, H, T, K) that becomes (B, T, H * K) without a copy."""
+    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
+
+
+def _layout(kv_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """What attention.cpp calls sizes and strides."""
+    assert all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 for t in tensors)
+    samples, heads, length, width = tensors[0].shape
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return torch.tensor([samples, heads, kv_heads, length, width]), torch.tensor(strides)
+
+
 def accumulate_(total: Tensor, values: Tensor) -> None:
     """``total += values``, both contiguous, ``total`` in fp32; torch's addition of two types is
     several times slower."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.models.blockwise_attention import Scoring, blockwise_attention
+from megascale.models.compiled_attention import compiled_attention
 from megascale.models.dropout import CounterDropout
 from megascale.models.rotary import Rotary, apply_rotary, rotary_tables
 
@@ -42,6 +43,7 @@ class Visibility:
     real: Tensor | None = None
     _made: dict[int, Tensor] = field(default_factory=dict)
     _biases: dict[tuple[int, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _intervals: dict[int, Tensor | None] = field(default_factory=dict)
 
     def mask(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``(B or 1, 1, R or 1, C)`` bool, True where a query sees a key.
@@ -108,6 +110,36 @@ class Visibility:
         )
         return None if ends else True
 
+    def intervals(self, length: int) -> Tensor | None:
+        """``(B or 1, 2, T)`` int32: a query sees the keys [first, last) of the T = ``length``, one
+        at least; None where what some query sees is no such interval. Made once, on the CPU.
+        """
+        if length not in self._intervals:
+            self._intervals[length] = self._find_intervals(length)
+        return self._intervals[length]
+
+    def _find_intervals(self, length: int) -> Tensor | None:
+        places = torch.arange(length, dtype=torch.int32)
+        first, last = torch.zeros_like(places)[None], torch.full_like(places, length)[None]
+        if self.document_ids is not None:
+            if self.real is not None:
+                return None
+            first, last = _runs(self.document_ids)
+            if not torch.equal((first == places).sum(1), _count_distinct(self.document_ids)):
+                return None  # a document is in pieces
+        if self.real is not None:
+            real = self.real.bool()
+            first, last = real.int().argmax(1), length - real.flip(1).int().argmax(1)
+            if not torch.equal(real.sum(1), last - first):
+                return None  # padding in between, or nothing else
+            first, last = (ends[:, None].expand(-1, length) for ends in (first, last))
+        if self.window is not None:
+            first = torch.maximum(first, places - (self.window - 1))
+        if self.causal:
+            last = torch.minimum(last, places + 1)
+        found = torch.stack([first, last], dim=1).to(torch.int32)
+        return found if bool((found[:, 0] < found[:, 1]).all()) else None
+
     def whole(self, length: int, device: torch.device) -> Tensor | None:
         """The mask of all T = ``length`` queries and keys; None where a kernel needs none: causal
         alone, or everything. Made once: its layers share it in the backward pass.
@@ -120,12 +152,31 @@ class Visibility:
         return self._made[length]
 
 
+def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last + 1 of the equal neighbours around each place, (B, T) each."""
+    changes = ids[:, 1:] != ids[:, :-1]
+    length = ids.shape[1]
+    places = torch.arange(length)
+    starts = F.pad(changes, (1, 0), value=True)
+    first = torch.where(starts, places, 0).cummax(1).values
+    ends = F.pad(changes, (0, 1), value=True)
+    last = torch.where(ends, places + 1, length).flip(1).cummin(1).values.flip(1)
+    return first, last
+
+
+def _count_distinct(ids: Tensor) -> Tensor:
+    """(B,) of (B, T)."""
+    ordered = ids.sort(dim=1).values
+    return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+
+
 class CoreAttention(nn.Module):
     """softmax(Q K^T / sqrt(K)) V with dropout on the probabilities; no parameters.
 
-    Two ways to the same result. torch's fused scaled_dot_product_attention knows neither a bound
+    Three ways to the same result. torch's fused scaled_dot_product_attention knows neither a bound
     on the scores nor dropout that is a function of the sample, and on CPU it is slow in half
-    precision: these are computed a block of queries at a time (blockwise_attention.py).
+    precision: these are computed a block of queries at a time (blockwise_attention.py), and in
+    bf16, where neither is asked for, by a compiled kernel (compiled_attention.py).
 
     Args:
         dropout: probability for the attention probabilities. dropout_site: see CounterDropout.
@@ -169,6 +220,10 @@ class CoreAttention(nn.Module):
         if dropping or self.softcap is not None or self._is_blockwise(query):
             if dropping and keys is None:
                 raise self.dropout.missing_keys()
+            if not dropping and self.softcap is None:
+                attended = compiled_attention(query, key, value, visibility, scale)
+                if attended is not None:
+                    return attended
             dropout = self.dropout if dropping else None
             scoring = Scoring(visibility, scale, self.softcap, dropout, keys, query.shape[1])
             return blockwise_attention(query, key, value, scoring)

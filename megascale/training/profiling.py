@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
+from megascale.kernels.library import PROFILED
 from megascale.parallel import shared_memory
 from megascale.training.state import TrainState
 from megascale.training.step import StepParts, train_step
@@ -33,7 +34,7 @@ COMMUNICATION = "communication"
 # first match decides; what matches nothing is elementwise work
 _KINDS = (
     (COMMUNICATION, re.compile(rf"^(c10d::|record_param_comms|{WAIT})")),
-    ("attention kernel", re.compile(r"scaled_dot_product|flash_attention")),
+    ("attention kernel", re.compile(rf"scaled_dot_product|flash_attention|^{PROFILED}attention")),
     (PRODUCTS, re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_?addmv|mv|linear)$")),
     ("copies", re.compile(r"^aten::(copy_|fill_|zero_|cat|_to_copy|clone|index|embedding.*)$")),
     (
