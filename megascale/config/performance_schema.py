@@ -17,13 +17,18 @@ class PerformanceConfig(Section):
     exist whole; auto: unless in fp16, whose gradients would miss the loss scale on the way."""
     attention: Literal["auto", "sdpa", "blockwise"] = "auto"
     """How attention without dropout or soft-cap is computed: torch's fused kernel, or a block of
-    queries at a time; auto: the second in bf16 and fp16 on CPU, where it is faster."""
+    queries at a time, in bf16 compiled where the CPU multiplies it; auto: the second in bf16 and
+    fp16 on CPU, where it is faster."""
+    recompute_activation: Choice = "auto"
+    """Whether the backward computes the MLP's activation again from what goes into it, instead of
+    keeping both; auto: on CPU."""
     fused_optimizer: Choice = "auto"
     """Whether adamw and sgd update a tensor in one pass over it; auto: yes, except on the CPU where
     copies of a weight lie at different places of DeepSpeed's flat partitions."""
     compiled_kernels: Choice = "auto"
-    """Whether softmax, GELU and dropout's masks on CPU are C++ that is compiled at the first use on
-    a machine; auto: where a compiler is found, softmax and GELU in bf16; always: in fp32, too."""
+    """Whether attention, softmax, GELU and dropout's masks on CPU are C++ that is compiled at the
+    first use on a machine; auto: where a compiler is found, in bf16, and masks; always: in fp32,
+    too, but for attention."""
     keep_memory: Choice = "auto"
     """Whether glibc's allocator keeps freed memory for the next tensors instead of returning it to
     the system and mapping it anew, page by page; auto: on CPU. It changes no other allocator."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
+from megascale.models.activated_linear import Recompute
 from megascale.models.attention import Attention, AttentionKernel, Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
@@ -65,6 +66,8 @@ class BERTConfig:
     """On the attention probabilities."""
     attention_kernel: AttentionKernel = "auto"
     """How attention is computed where there are two ways, see CoreAttention."""
+    recompute_activation: Recompute = "auto"
+    """Whether the backward computes the MLP's activation again, see ActivatedProduct."""
     init_std: float = 0.02
 
     @property
@@ -164,7 +167,13 @@ def build_layer(config: BERTConfig, index: int) -> PostNormLayer:
         attention=attention,
         attention_dropout=CounterDropout(config.dropout, site + _ATTENTION_OUTPUT),
         mlp_norm=norm(),
-        mlp=MLP(config.hidden_size, config.ffn_hidden_size, config.activation, bias=True),
+        mlp=MLP(
+            config.hidden_size,
+            config.ffn_hidden_size,
+            config.activation,
+            bias=True,
+            recompute=config.recompute_activation,
+        ),
         mlp_dropout=CounterDropout(config.dropout, site + _MLP_OUTPUT),
     )
 

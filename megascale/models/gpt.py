@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.errors import UserError
+from megascale.models.activated_linear import Recompute
 from megascale.models.attention import Attention, AttentionKernel, Visibility
 from megascale.models.chunk import Chunk
 from megascale.models.dropout import CounterDropout
@@ -79,6 +80,8 @@ class GPTConfig:
     """Attention scores are divided by the root of this; None: of the head width."""
     attention_kernel: AttentionKernel = "auto"
     """How attention is computed where there are two ways, see CoreAttention."""
+    recompute_activation: Recompute = "auto"
+    """Whether the backward computes the MLP's activation again, see ActivatedProduct."""
     attention_softcap: float | None = None
     """Bound c of the attention scores: c * tanh(score / c)."""
     logit_softcap: float | None = None
@@ -272,7 +275,13 @@ def build_layer(config: GPTConfig, index: int) -> TransformerLayer:
         attention=_attention(config, index, site),
         attention_dropout=CounterDropout(config.dropout, site + _ATTENTION_OUTPUT),
         mlp_norm=_norm(config, size),
-        mlp=MLP(size, config.ffn_hidden_size, config.activation, config.has_mlp_bias),
+        mlp=MLP(
+            size,
+            config.ffn_hidden_size,
+            config.activation,
+            config.has_mlp_bias,
+            config.recompute_activation,
+        ),
         mlp_dropout=CounterDropout(config.dropout, site + _MLP_OUTPUT),
         attention_post_norm=_norm(config, size) if sandwich else None,
         mlp_post_norm=_norm(config, size) if sandwich else None,

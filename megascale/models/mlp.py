@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascale.kernels import passes
 from megascale.kernels.library import LIBRARY
+from megascale.models.activated_linear import ActivatedLinear, ActivatedProduct, Recompute
 
 ActivationName = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
 
@@ -24,19 +25,26 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return passes.gelu(x, "gelu_tanh") if LIBRARY.takes(x) else F.gelu(x, approximate="tanh")
 
 
-# name -> (function, whether it acts on a gate that multiplies the up-projection)
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
-    "gelu": (gelu, False),
-    "gelu_tanh": (gelu_tanh, False),
-    "swiglu": (F.silu, True),
-    "geglu": (gelu, True),
-    "geglu_tanh": (gelu_tanh, True),
+def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def product(x: Tensor, gate: Tensor) -> Tensor:
+        return function(gate) * x
+
+    return product
+
+
+# name -> function of the up-projection, and of the gate where there is one
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": _gated(F.silu),
+    "geglu": _gated(gelu),
+    "geglu_tanh": _gated(gelu_tanh),
 }
 
 
 def is_gated(activation: ActivationName) -> bool:
     """Whether the feed-forward layer has a third matrix, the gate."""
-    return _ACTIVATIONS[activation][1]
+    return activation not in ("gelu", "gelu_tanh")
 
 
 class MLP(nn.Module):
@@ -48,21 +56,28 @@ class MLP(nn.Module):
         activation: "gelu" (exact, by erf), "gelu_tanh" (GPT-2's approximation), or with a gate
             "swiglu" (silu), "geglu", "geglu_tanh".
         bias: whether the projections have one.
+        recompute: of the activation, see ActivatedProduct.
     """
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, activation: ActivationName, bias: bool
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        activation: ActivationName,
+        bias: bool,
+        recompute: Recompute = "auto",
     ) -> None:
         super().__init__()
-        self.activation, gated = _ACTIVATIONS[activation]
         self.up = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
         self.gate: nn.Linear | None = None
-        if gated:
+        if is_gated(activation):
             self.gate = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=bias)
+        product = ActivatedProduct(_ACTIVATIONS[activation], recompute)
+        self.down = ActivatedLinear(ffn_hidden_size, hidden_size, bias, product)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, T, D) -> (B, T, D) through (B, T, F_local)."""
-        if self.gate is not None:
-            return self.down(self.activation(self.gate(x)) * self.up(x))
-        return self.down(self.activation(self.up(x)))
+        if self.gate is None:
+            return self.down(self.up(x))
+        gate = self.gate(x)
+        return self.down(self.up(x), gate)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from megascale.models.activated_linear import ActivatedLinear
 from megascale.parallel.collectives import (
     all_gather_sequence,
     copy_to_group,
@@ -169,7 +170,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """nn.Linear cut along its inputs; the bias is added once, after the sum.
+    """nn.Linear cut along its inputs, activated or not; the bias is added once, after the sum.
 
     Args: as for ColumnParallelLinear; `columns` are the inputs that this rank keeps. With
         `sequence` the output is cut along T, and so is what the bias sees: its gradient is summed
@@ -185,12 +186,13 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.sequence = group, sequence
+        self.product = linear.product if isinstance(linear, ActivatedLinear) else _product
         self.weight = _part(linear.weight, 1, columns)
         self.bias = None if linear.bias is None else _part(linear.bias, 0, (0, len(linear.bias)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """(B, T, inputs_local) -> (B, T or T_local, D)."""
-        partial = F.linear(x, self.weight)
+        partial = self.product(self.weight, None, *inputs)
         if not self.sequence:
             out = reduce_from_group(partial, self.group)
             return out if self.bias is None else out + self.bias
@@ -268,6 +270,12 @@ class ReplicatedParameters(nn.Module):
         """What the module gives, on this rank's part."""
         shared = {n: copy_to_group(p, self.group) for n, p in self.named_parameters(recurse=False)}
         return functional_call(self._template[0], shared, (x,))
+
+
+def _product(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+    """Of a layer without activation."""
+    (x,) = inputs
+    return F.linear(x, weight, bias)
 
 
 def _part(parameter: Tensor, dim: int, interval: tuple[int, int]) -> nn.Parameter:

@@ -293,6 +293,7 @@ ROWS = (
     Row("performance.shared_memory", "never", ("group",), world=2),
     Row("performance.fused_loss", "never", ("operations",)),
     Row("performance.attention", "blockwise", ("operations",)),
+    Row("performance.recompute_activation", "never", ("gelus",)),
     Row("performance.fused_optimizer", "never", ("operations",)),
     Row("performance.compiled_kernels", "never", ("operations",), {"precision.dtype": "bf16"}),
     Row("performance.keep_memory", "never", ("keeps_memory",)),
@@ -318,11 +319,11 @@ def _on_two_machines(config: Any) -> str:
 
 @contextmanager
 def _operations(seen: dict[str, Any]) -> Iterator[None]:
-    """Put the names of what torch runs inside into `seen`."""
+    """Put the names of what torch runs inside into `seen`, and how often that is GELU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         yield
-    names = {event.name for event in profiler.events()}
-    seen["operations"] = sorted(name for name in names if name.startswith("aten::"))
+    names = [event.name for event in profiler.events() if event.name.startswith("aten::")]
+    seen["operations"], seen["gelus"] = sorted(set(names)), names.count("aten::gelu")
 
 
 def observe(tree: dict[str, Any], folder: str, watched: bool = False) -> dict[str, Any]:
@@ -522,7 +523,7 @@ def test_two_runs_of_one_config_show_the_same(observer: Observer) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.leaf}={row.value}" for row in ROWS])
 def test_a_change_has_an_effect(row: Row, observer: Observer) -> None:
-    watched = "operations" in row.shows
+    watched = bool({"operations", "gelus"} & set(row.shows))
     changed = observer({**row.base, row.leaf: row.value}, row.world, watched)
     base = observer.base(row.base, row.world, watched)
     assert "refused" not in base, base["refused"]

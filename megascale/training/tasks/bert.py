@@ -262,8 +262,11 @@ class BERTTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        kernel = config.performance.attention
-        self._bert = replace(bert_config(config.model), attention_kernel=kernel)
+        self._bert = replace(
+            bert_config(config.model),
+            attention_kernel=config.performance.attention,
+            recompute_activation=config.performance.recompute_activation,
+        )
 
     def build_module(self) -> BERTModule:
         """See `Task.build_module`."""

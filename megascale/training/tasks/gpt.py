@@ -232,8 +232,11 @@ class GPTTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        kernel = config.performance.attention
-        self._gpt = replace(gpt_config(config.model), attention_kernel=kernel)
+        self._gpt = replace(
+            gpt_config(config.model),
+            attention_kernel=config.performance.attention,
+            recompute_activation=config.performance.recompute_activation,
+        )
 
     def build_module(self) -> GPTModule:
         """See `Task.build_module`."""
