@@ -296,6 +296,8 @@ class ReplicatedEngine(TorchEngine):
                     param.copy_(self._masters[name])
 
     def _clear_gradients(self) -> None:
+        for master in self._masters.values():
+            master.grad = None
         self._reducer.zero()
 
     def _start(self, name: str) -> int:

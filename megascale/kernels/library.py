@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from megascale.errors import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp"))
-HEADERS = (Path(__file__).with_name("values.h"),)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("values.h", "blocks.h"))
 COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native", "-mprefer-vector-width=512"),

@@ -22,19 +22,37 @@ BUCKET_ELEMENTS = 8 * 1024 * 1024
 
 
 class _Bucket:
-    """One flat fp32 buffer and the parameters whose gradients live in it."""
+    """One flat fp32 buffer and the parameters whose gradients live in it.
+
+    Of narrow parameters it exists from a step's first gradient to the next `zero` only: when
+    activations are at their most there is hardly a gradient, and the other way round.
+    """
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
         self.params = params
-        total = sum(p.numel() for p in params)
-        self.buffer = torch.zeros(total, dtype=wide_dtype(params[0].dtype), device=params[0].device)
+        self.dtype = wide_dtype(params[0].dtype)
         self.pending = 0
         self.work: dist.Work | None = None
+        self._buffer: torch.Tensor | None = None
+        self._views: dict[torch.nn.Parameter, torch.Tensor] = {}
 
-    def views(self) -> list[torch.Tensor]:
-        """The buffer cut into one view for each parameter, in its shape."""
-        parts = self.buffer.split([p.numel() for p in self.params])
-        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+    def buffer(self) -> torch.Tensor:
+        """All gradients; holding anything where there was no memory for them."""
+        if self._buffer is None:
+            sizes = [param.numel() for param in self.params]
+            self._buffer = self.params[0].new_empty(sum(sizes), dtype=self.dtype)
+            parts = zip(self.params, self._buffer.split(sizes), strict=True)
+            self._views = {param: part.view_as(param) for param, part in parts}
+        return self._buffer
+
+    def view(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """The gradient of one of the parameters, in its shape."""
+        self.buffer()
+        return self._views[param]
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._buffer, self._views = None, {}
 
 
 class ReducerSink:
@@ -74,16 +92,16 @@ class GradientReducer:
         self._buckets = [_Bucket(part) for part in _cut(list(reversed(params)), BUCKET_ELEMENTS)]
         self._reducing = False
         self._next = 0
-        self._main: dict[torch.nn.Parameter, torch.Tensor] = {}
-        # of narrow parameters: main gradients that hold the last step's numbers; the first gradient
-        # is copied there, which spares a pass for zeros and one for the sum
-        self._stale: set[torch.Tensor] = set()
-        self._empty: set[torch.Tensor] = set()
+        self._bucket_of: dict[torch.nn.Parameter, _Bucket] = {}
+        # of narrow parameters: main gradients that hold anything; the first gradient is copied
+        # there, which spares a pass for zeros and one for the sum
+        self._stale: set[torch.nn.Parameter] = set()
+        self._empty: set[torch.nn.Parameter] = set()
         self._hooks = []
         for bucket in self._buckets:
-            for param, view in zip(bucket.params, bucket.views(), strict=True):
-                self._main[param] = view
-                hook = self._hook(bucket, view)
+            hook = self._hook(bucket)
+            for param in bucket.params:
+                self._bucket_of[param] = bucket
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
         self.zero()
 
@@ -93,28 +111,32 @@ class GradientReducer:
             return None
         self._empty.discard(param)
         self._stale.discard(param)
-        return self._main[param]
+        return self._place(param)
 
     def main_gradient(self, param: torch.nn.Parameter) -> torch.Tensor:
         """The fp32 gradient of `param`, in its shape (a view of the bucket)."""
+        main = self._place(param)
         if param in self._stale:  # none came
             self._stale.remove(param)
-            self._main[param].zero_()
-        return self._main[param]
+            main.zero_()
+        return main
+
+    def _place(self, param: torch.nn.Parameter) -> torch.Tensor:
+        return self._bucket_of[param].view(param)
 
     def zero(self) -> None:
         """Clear the gradients for the next step."""
         for bucket in self._buckets:
             bucket.work = None
-            for param in bucket.params:
-                # masters accumulate straight into the bucket; others are added by the hook
-                main = self._main[param]
-                self._empty.add(param)
-                if param.dtype == main.dtype:
-                    param.grad = main.zero_()
-                else:
+            self._empty.update(bucket.params)
+            if bucket.params[0].dtype == bucket.dtype:  # masters accumulate straight into it
+                for param in bucket.params:
+                    param.grad = bucket.view(param).zero_()
+            else:  # the hook moves them there
+                bucket.free()
+                self._stale.update(bucket.params)
+                for param in bucket.params:
                     param.grad = None
-                    self._stale.add(param)
 
     def begin_backward(self, *, last: bool) -> None:
         """Announce the backward of a micro-batch; `last` starts the reduction."""
@@ -139,8 +161,8 @@ class GradientReducer:
 
         The weight half of a split backward (zero-bubble pipelines) writes `.grad` itself.
         """
-        for param, main in self._main.items():
-            self._take(param, main)
+        for param in self._bucket_of:
+            self._take(param)
 
     def reduce(self) -> None:
         """Sum all buckets over the group now, where no backward announced itself as the last."""
@@ -152,21 +174,23 @@ class GradientReducer:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, bucket: _Bucket, main: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def after_accumulate(param: torch.Tensor) -> None:
-            self._take(param, main)
+    def _hook(self, bucket: _Bucket) -> Callable[[torch.nn.Parameter], None]:
+        def after_accumulate(param: torch.nn.Parameter) -> None:
+            self._take(param)
             bucket.pending -= 1
             if self._reducing:
                 self._launch_ready()
 
         return after_accumulate
 
-    def _take(self, param: torch.Tensor, main: torch.Tensor) -> None:
+    def _take(self, param: torch.nn.Parameter) -> None:
         """Move what a backward left in `.grad` to the main gradient."""
         grad = param.grad
-        if grad is not None:
-            self._empty.discard(param)
-        if grad is None or grad.data_ptr() == main.data_ptr():
+        if grad is None:
+            return
+        self._empty.discard(param)
+        main = self._place(param)
+        if grad.data_ptr() == main.data_ptr():
             return
         if param in self._stale:
             self._stale.remove(param)
@@ -184,7 +208,7 @@ class GradientReducer:
     def _launch(self, bucket: _Bucket) -> None:
         for param in bucket.params:
             self.main_gradient(param)  # zeros where no gradient came
-        bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
+        bucket.work = dist.all_reduce(bucket.buffer(), group=self._group, async_op=True)
 
 
 def _cut(params: list[torch.nn.Parameter], limit: int) -> list[list[torch.nn.Parameter]]:

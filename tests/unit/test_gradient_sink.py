@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,3 +95,20 @@ def test_bf16_sums_in_fp32() -> None:
     assert table.weight.grad is None
     assert reducer.main_gradient(table.weight)[1].tolist() == [1 + 2.0**-9] * 2
     assert reducer.main_gradient(table.weight)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("dtype", "stays"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_main_gradients_take_memory_within_a_step_only(dtype: torch.dtype, stays: bool) -> None:
+    """Those of fp32 weights are what autograd adds to, and stay."""
+    inner = nn.Linear(D, D, dtype=dtype)
+    reducer = GradientReducer(list(inner.parameters()), None)
+    for _ in range(2):
+        reducer.begin_backward(last=True)
+        inner(torch.ones(N, D, dtype=dtype)).sum().backward()
+        reducer.finish()
+        assert torch.equal(reducer.main_gradient(inner.bias), torch.full((D,), float(N)))
+        view = weakref.ref(reducer.main_gradient(inner.weight))
+        reducer.zero()
+        assert (view() is not None) == stays
+    assert not reducer.main_gradient(inner.weight).any()
+    reducer.close()
