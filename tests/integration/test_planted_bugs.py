@@ -138,7 +138,7 @@ def _scale(patch: Patch, kind: str, path: str) -> None:
     def planted(self: GradientReducer) -> None:
         right(self)
         for bucket in self._buckets:
-            bucket.buffer.mul_({"averaged": 0.5, "not divided": 2.0}[kind])
+            bucket.buffer().mul_({"averaged": 0.5, "not divided": 2.0}[kind])
 
     patch(GradientReducer, "finish", planted)
 
