@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "performance": {
             "fused_loss": "never",
             "attention": "sdpa",
+            "recompute_activation": "never",
             "fused_optimizer": "never",
             "compiled_kernels": "never",
             "keep_memory": "never",
