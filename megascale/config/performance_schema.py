@@ -21,7 +21,8 @@ class PerformanceConfig(Section):
     fp16 on CPU, where it is faster."""
     recompute_activation: Choice = "auto"
     """Whether the backward computes the MLP's activation again from what goes into it, instead of
-    keeping both; auto: on CPU."""
+    keeping both; auto: on CPU, but not in zero-bubble schedules, where either half of a backward
+    would do it."""
     fused_optimizer: Choice = "auto"
     """Whether adamw and sgd update a tensor in one pass over it; auto: yes, except on the CPU where
     copies of a weight lie at different places of DeepSpeed's flat partitions."""

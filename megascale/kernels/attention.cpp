@@ -2,7 +2,7 @@
 // arXiv:2307.08691), whose scores never leave the caches.
 //
 //   forward   S^T = K Q^T,  P^T = 2^(c S^T - m),  O^T += V^T P^T; m and the sums follow online
-//   backward  P^T = 2^(c S^T - z), z = log2 of the sum,  dV += P^T dO,  dP^T = V dO^T,
+//   backward  P^T = 2^(c (S^T - m)) / sum,  dV += P^T dO,  dP^T = V dO^T,
 //             dS^T = scale P^T (dP^T - sum(dO O)),  dK += dS^T Q,  dQ^T += K^T dS^T
 //
 // Scores are kept with a key in each row and the queries beside one another, so that maxima and
@@ -11,15 +11,17 @@
 // written out.
 
 #include <algorithm>
+#include <limits>
 
 #include "blocks.h"
 
 namespace {
 
-constexpr float UNSEEN = -1e30f;  // a product; finite, so that two of them have a difference
+// Instead of a product; finite, so that two of them have a difference.
+constexpr float UNSEEN = -std::numeric_limits<float>::max();
 constexpr float LOG2_E = 1.44269504089f;
 
-// 2^x to 2 ulp; 0 at and below -127, and at most 2^127.
+// 2^x to 2 ulp; 0 below -126.5, where the exponent becomes that of zero, and at most 2^127.
 inline float power_of_two(float x) {
   const float bounded = x < -127.0f ? -127.0f : (x > 127.0f ? 127.0f : x);
   const float whole = std::nearbyint(bounded);
@@ -88,10 +90,10 @@ struct Shape {
 
   explicit Shape(const int64_t* sizes)
       : samples(sizes[0]), heads(sizes[1]), kv_heads(sizes[2]), length(sizes[3]), width(sizes[4]) {}
-  int64_t all() const {
-    return (length + BLOCK - 1) / BLOCK * BLOCK * width;
-  }  // of a head, in blocks
-  int64_t block() const { return half_of(width) * BLOCK; }  // words of a block
+  // Elements of a head, filled up to whole blocks.
+  int64_t all() const { return (length + BLOCK - 1) / BLOCK * BLOCK * width; }
+  // Words of a block.
+  int64_t block() const { return half_of(width) * BLOCK; }
 };
 
 constexpr int64_t NOWHERE[3] = {0, 0, 0};
@@ -120,9 +122,10 @@ class Forward {
     turned(value.at, value.row, length_, width_, turning_, turned_value_);
   }
 
-  // The output of `queries` rows from `first` on, and the log2 of the sum of each.
+  // The output of `queries` rows from `first` on, and the norms of each: its largest product and
+  // what an exponential is multiplied with to be a weight.
   void run(const Inputs& query, int64_t first, int64_t queries, const Seen& seen,
-           const Outputs& out, float* log_sum) {
+           const Outputs& out, float* norms) {
     pairs_of_features(query.place(first), query.row, queries, width_, turning_, query_);
     std::fill_n(+out_, width_ * BLOCK, 0.0f);
     std::fill_n(most_, BLOCK, UNSEEN);
@@ -135,11 +138,12 @@ class Forward {
       const int64_t pairs = (keys + 1) / 2;
       multiply({turned_value_ + begin * width_, BLOCK, weights_, pairs, BLOCK, out_, true}, width_);
     }
+    float *most = norms + first, *share = most + length_;
     for (int64_t q = 0; q < queries; ++q) {
-      log_sum[first + q] = factor_ * most_[q] + std::log2(sum_[q]);
-      sum_[q] = 1.0f / sum_[q];
+      most[q] = most_[q];
+      share[q] = 1.0f / sum_[q];
     }
-    put_rows(out_, queries, width_, sum_, rows_, out.place(first), out.row);
+    put_rows(out_, queries, width_, share, rows_, out.place(first), out.row);
   }
 
  private:
@@ -220,14 +224,15 @@ class Backward {
 
   // The gradient of `queries` rows from `first` on; those of keys and values are added up.
   void run(const Inputs& query, const Inputs& out, const Inputs& grad, int64_t first,
-           int64_t queries, const Seen& seen, const float* log_sum, const Outputs& of_query) {
+           int64_t queries, const Seen& seen, const float* norms, const Outputs& of_query) {
     pairs_of_features(query.place(first), query.row, queries, width_, turning_, query_);
     pairs_of_features(grad.place(first), grad.row, queries, width_, turning_, grad_);
     pairs_of_rows(query.place(first), query.row, queries, width_, query_rows_);
     pairs_of_rows(grad.place(first), grad.row, queries, width_, grad_rows_);
     for (int64_t q = 0; q < BLOCK; ++q) {
       mean_[q] = q < queries ? dot(grad.place(first + q), out.place(first + q)) : 0.0f;
-      log_sum_[q] = q < queries ? log_sum[first + q] : -UNSEEN;  // no weight beyond the last
+      most_[q] = q < queries ? norms[first + q] : -UNSEEN;  // no weight beyond the last
+      share_[q] = q < queries ? norms[length_ + first + q] : 0.0f;
     }
     std::fill_n(+of_query_, width_ * BLOCK, 0.0f);
     for (int64_t begin = seen.begin; begin < seen.end; begin += BLOCK)
@@ -270,7 +275,7 @@ class Backward {
       const float *score = scores_ + k * BLOCK, *of_weight = of_weights_ + k * BLOCK;
       bf16 *weight = weights_ + k * BLOCK, *of_score = of_scores_ + k * BLOCK;
       for (int64_t q = 0; q < BLOCK; ++q) {
-        const float p = power_of_two(factor * score[q] - log_sum_[q]);
+        const float p = share_[q] * power_of_two(factor * (score[q] - most_[q]));
         put(weight[q], p);
         put(of_score[q], scale_ * p * (of_weight[q] - mean_[q]));
       }
@@ -289,7 +294,7 @@ class Backward {
   Piece<bf16> turned_key_, weights_, of_scores_;
   Piece<uint32_t> query_, grad_, query_rows_, grad_rows_, of_scores_pairs_, turning_;
   Piece<float> of_key_, of_value_, of_query_, rows_, scores_, of_weights_;
-  float mean_[BLOCK], log_sum_[BLOCK], ones_[BLOCK];
+  float mean_[BLOCK], most_[BLOCK], share_[BLOCK], ones_[BLOCK];
 };
 
 // What each key head of each sample, with the heads that read it, goes through on one thread.
@@ -328,9 +333,9 @@ extern "C" int attention_is_fast() {
 }
 
 // sizes: of a Shape. strides: of sample, head and place, of each tensor of heads in order.
-// log_sum: (samples, heads, length).
+// norms: (samples, heads, 2, length), see Forward::run.
 extern "C" void attention_bfloat16(const int64_t* sizes, const int64_t* strides, const bf16* q,
-                                   const bf16* k, const bf16* v, bf16* o, float* log_sum,
+                                   const bf16* k, const bf16* v, bf16* o, float* norms,
                                    const int32_t* seen, int64_t own, float scale) {
   const Shape shape(sizes);
   const Inputs query(q, strides), key(k, strides + 3), value(v, strides + 6);
@@ -343,7 +348,7 @@ extern "C" void attention_bfloat16(const int64_t* sizes, const int64_t* strides,
       [&](Forward& work, int64_t sample, int64_t head, int64_t first, int64_t queries,
           const Seen& sees) {
         work.run(query.of(sample, head), first, queries, sees, out.of(sample, head),
-                 log_sum + (sample * shape.heads + head) * shape.length);
+                 norms + (sample * shape.heads + head) * 2 * shape.length);
       },
       [](Forward&, int64_t, int64_t) {});
 }
@@ -351,7 +356,7 @@ extern "C" void attention_bfloat16(const int64_t* sizes, const int64_t* strides,
 extern "C" void attention_backward_bfloat16(const int64_t* sizes, const int64_t* strides,
                                             const bf16* q, const bf16* k, const bf16* v,
                                             const bf16* o, const bf16* g, bf16* of_q, bf16* of_k,
-                                            bf16* of_v, const float* log_sum, const int32_t* seen,
+                                            bf16* of_v, const float* norms, const int32_t* seen,
                                             int64_t own, float scale) {
   const Shape shape(sizes);
   const Inputs query(q, strides), key(k, strides + 3), value(v, strides + 6), out(o, strides + 9),
@@ -366,7 +371,7 @@ extern "C" void attention_backward_bfloat16(const int64_t* sizes, const int64_t*
       [&](Backward& work, int64_t sample, int64_t head, int64_t first, int64_t queries,
           const Seen& sees) {
         work.run(query.of(sample, head), out.of(sample, head), grad.of(sample, head), first,
-                 queries, sees, log_sum + (sample * shape.heads + head) * shape.length,
+                 queries, sees, norms + (sample * shape.heads + head) * 2 * shape.length,
                  of_query.of(sample, head));
       },
       [&](const Backward& work, int64_t sample, int64_t kv) {

@@ -126,8 +126,8 @@ void turn_tile(const uint32_t* in, int64_t in_row, uint32_t* out, int64_t out_ro
       a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
       a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
     }
-  for (int j = 0; j < 4;
-       ++j) {  // the quarters themselves: quarter q of a[4 i + j] is column 4 q + j
+  // the quarters themselves: quarter q of a[4 i + j] is column 4 q + j
+  for (int j = 0; j < 4; ++j) {
     const __m512i even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
     const __m512i odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
     const __m512i even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);

@@ -63,20 +63,22 @@ def attention(
         seen: (B or 1, 2, T) int32, contiguous: a query sees the keys [first, last); none is empty.
 
     Returns:
-        (B, H, T, K), in memory as (B, T, H, K); (B, H, T) fp32, log2 of the exponentials' sum.
+        (B, H, T, K), in memory as (B, T, H, K); (B, H, 2, T) fp32, what `attention_backward` wants
+        of each row.
     """
-    out, log_sum = _places_first(query), torch.empty(query.shape[:3])
+    assert seen.shape in ((1, 2, query.shape[2]), (len(query), 2, query.shape[2]))
+    out, norms = _places_first(query), torch.empty(*query.shape[:2], 2, query.shape[2])
     sizes, strides = _layout(key.shape[1], query, key, value, out)
     addresses = (t.data_ptr() for t in (query, key, value, out))
-    arguments = sizes, strides, *addresses, log_sum, seen, int(len(seen) > 1), scale
+    arguments = sizes, strides, *addresses, norms, seen, int(len(seen) > 1), scale
     LIBRARY.call("attention", query.dtype, *arguments)
-    return out, log_sum
+    return out, norms
 
 
 def attention_backward(
     grad: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    log_sum: Tensor,
+    norms: Tensor,
     seen: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +86,14 @@ def attention_backward(
 
     Args:
         grad: (B, H, T, K), of the result. tensors: query, key, value and the result.
-        log_sum, seen, scale: as there.
+        norms, seen, scale: as there.
     """
     query, key, value, _ = tensors
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grads = _places_first(query), _places_first(key), _places_first(value)
     sizes, strides = _layout(key.shape[1], *tensors, grad, *grads)
     addresses = (t.data_ptr() for t in (*tensors, grad, *grads))
-    arguments = sizes, strides, *addresses, log_sum, seen, int(len(seen) > 1), scale
+    arguments = sizes, strides, *addresses, norms, seen, int(len(seen) > 1), scale
     LIBRARY.call("attention_backward", query.dtype, *arguments)
     return grads
 
@@ -105,8 +107,10 @@ def _places_first(like: Tensor) -> Tensor:
 
 def _layout(kv_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What attention.cpp calls sizes and strides."""
-    assert all(t.dtype == torch.bfloat16 and t.stride(-1) == 1 for t in tensors)
     samples, heads, length, width = tensors[0].shape
+    for tensor in tensors:
+        assert (tensor.dtype, tensor.stride(-1)) == (torch.bfloat16, 1), tensor.stride()
+        assert tensor.shape in ((samples, heads, length, width), (samples, kv_heads, length, width))
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     return torch.tensor([samples, heads, kv_heads, length, width]), torch.tensor(strides)
 

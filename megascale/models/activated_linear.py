@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -66,16 +67,17 @@ class _Product(torch.autograd.Function):
         return F.linear(activation(*inputs), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         _, of_weight, of_bias, *of_inputs = ctx.needs_input_grad
         with torch.enable_grad():
             own = [t.detach().requires_grad_(n) for t, n in zip(inputs, of_inputs, strict=True)]
             activated = ctx.activation(*own)
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])
         grads: list[Tensor | None] = [None, None, None]
         if of_weight:
-            grads[1] = rows.t() @ activated.detach().flatten(0, -2)
+            grads[1] = rows.t() @ activated.detach().reshape(-1, activated.shape[-1])
         if of_bias:
             grads[2] = rows.sum(0)
         wanted = [t for t in own if t.requires_grad]

@@ -65,7 +65,7 @@ class BERTConfig:
     attention_dropout: float = 0.0
     """On the attention probabilities."""
     attention_kernel: AttentionKernel = "auto"
-    """How attention is computed where there are two ways, see CoreAttention."""
+    """How attention is computed where there is a choice, see CoreAttention."""
     recompute_activation: Recompute = "auto"
     """Whether the backward computes the MLP's activation again, see ActivatedProduct."""
     init_std: float = 0.02

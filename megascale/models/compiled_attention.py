@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megascale.kernels import passes
 from megascale.kernels.library import LIBRARY
@@ -40,13 +41,14 @@ class _CompiledAttention(torch.autograd.Function):
         query, key, value = (
             t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)
         )
-        out, log_sum = passes.attention(query, key, value, seen, scale)
-        ctx.save_for_backward(query, key, value, out, log_sum, seen)
+        out, norms = passes.attention(query, key, value, seen, scale)
+        ctx.save_for_backward(query, key, value, out, norms, seen)
         ctx.scale = scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        *tensors, log_sum, seen = ctx.saved_tensors
-        grads = passes.attention_backward(grad, tuple(tensors), log_sum, seen, ctx.scale)
+        *tensors, norms, seen = ctx.saved_tensors
+        grads = passes.attention_backward(grad, tuple(tensors), norms, seen, ctx.scale)
         return *grads, None, None

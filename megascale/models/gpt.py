@@ -79,7 +79,7 @@ class GPTConfig:
     query_scaling: float | None = None
     """Attention scores are divided by the root of this; None: of the head width."""
     attention_kernel: AttentionKernel = "auto"
-    """How attention is computed where there are two ways, see CoreAttention."""
+    """How attention is computed where there is a choice, see CoreAttention."""
     recompute_activation: Recompute = "auto"
     """Whether the backward computes the MLP's activation again, see ActivatedProduct."""
     attention_softcap: float | None = None

@@ -32,10 +32,8 @@ def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], T
     return product
 
 
-# name -> function of the up-projection, and of the gate where there is one
-_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh}
+_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "swiglu": _gated(F.silu),
     "geglu": _gated(gelu),
     "geglu_tanh": _gated(gelu_tanh),
@@ -44,7 +42,7 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 def is_gated(activation: ActivationName) -> bool:
     """Whether the feed-forward layer has a third matrix, the gate."""
-    return activation not in ("gelu", "gelu_tanh")
+    return activation in _GATED
 
 
 class MLP(nn.Module):
@@ -72,7 +70,7 @@ class MLP(nn.Module):
         self.gate: nn.Linear | None = None
         if is_gated(activation):
             self.gate = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
-        product = ActivatedProduct(_ACTIVATIONS[activation], recompute)
+        product = ActivatedProduct((_PLAIN | _GATED)[activation], recompute)
         self.down = ActivatedLinear(ffn_hidden_size, hidden_size, bias, product)
 
     def forward(self, x: Tensor) -> Tensor:

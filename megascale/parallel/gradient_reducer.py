@@ -24,8 +24,8 @@ BUCKET_ELEMENTS = 8 * 1024 * 1024
 class _Bucket:
     """One flat fp32 buffer and the parameters whose gradients live in it.
 
-    Of narrow parameters it exists from a step's first gradient to the next `zero` only: when
-    activations are at their most there is hardly a gradient, and the other way round.
+    Of narrow parameters it exists from a step's first gradient to the next `zero` only: in a step
+    of one micro-batch gradients come as activations go.
     """
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:

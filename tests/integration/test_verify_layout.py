@@ -6,6 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from megascale.cli.config import all_checks
 from megascale.config.load import load_config
 from megascale.errors import UserError
+from megascale.kernels import passes
+from megascale.kernels.library import Library
 from megascale.verification.compare import FP32, TOLERANCES, Verdict, compare
 from megascale.verification.distances import distances
 from megascale.verification.layout import SINGLE, Layout, legal_layouts, parse_layouts
@@ -86,6 +89,43 @@ def test_a_cut_sequence_in_half_precision(
         verdict = compare(found, reference, ring, TOLERANCES[dtype], micro=4, lr=0.1)
         assert verdict.first is None, verdict.first
         assert verdict.gradient > FP32.gradient  # it did compute in half precision
+
+
+def _record_compiled(settings: dict[str, Any], folder: str, layout: Layout) -> int:
+    """Runs on every rank: as `_record`, also where compiled attention is slow; counts its calls."""
+    wanted = mock.patch.object(Library, "has_fast_attention", property(lambda one: one.enabled))
+    with wanted, mock.patch.object(passes, "attention", wraps=passes.attention) as kernel:
+        _record(settings, folder, layout)
+    return kernel.call_count
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, sp=1, engine="torch"),
+        Layout(cp=2, method="ulysses", zero=3, engine="torch"),
+        Layout(dp=2, zero=3, engine="deepspeed", recompute="full"),
+        Layout(pp=2, schedule="zbv", vpp=2, engine="torch"),
+    ],
+    ids=str,
+)
+def test_compiled_attention_is_the_same_training(
+    pools: Pools, token_prefix: Path, tmp_path: Path, layout: Layout
+) -> None:
+    wide = {"model.hidden_size": 64, "model.num_kv_heads": 2, "precision.dtype": "bf16"}
+    settings = settings_of(token_prefix, {**MODEL, **wide, "model.num_layers": 4})
+    for one in (SINGLE, layout):
+        run_on = pools(one.world_size)
+        calls = run_on.run(_record_compiled, settings=settings, folder=str(tmp_path), layout=one)
+        assert min(calls) > 0
+    found, reference = (
+        read_record(tmp_path / str(layout), 2),
+        read_record(tmp_path / str(SINGLE), 1),
+    )
+    with contextlib.closing(found), contextlib.closing(reference):
+        micro = 4 // layout.dp
+        verdict = compare(found, reference, layout, TOLERANCES["bf16"], micro=micro, lr=0.1)
+        assert verdict.first is None, verdict.first
 
 
 @pytest.mark.parametrize("method", ["ulysses", "ring"])

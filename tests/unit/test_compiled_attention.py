@@ -20,11 +20,14 @@ ROUNDING = 4e-3  # of a whole tensor: half a unit of bf16 is 2e-3 of a number
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel is taken, also by a processor on which it is slow."""
+    """The kernel is taken, also by a processor on which it is slow, and for a single head."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(Library, "has_fast_attention", property(lambda library: library.enabled))
     assert LIBRARY.enable("auto", CPU) is None
     yield
     LIBRARY.enable("never", CPU)
+    torch.set_num_threads(threads)
 
 
 def drawn(samples: int, heads: int, length: int, width: int, seed: int) -> Tensor:
@@ -124,24 +127,26 @@ def test_bits_depend_on_nothing_else(threads: int, monkeypatch: pytest.MonkeyPat
     """Not on threads, on other samples and heads, or on how tensors lie in memory."""
     monkeypatch.setattr("megascale.models.attention.blockwise_attention", None)
     values = [drawn(3, 4, 100, 32, seed) for seed in range(4)]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        whole = attended(*values)
-        torch.set_num_threads(1)
-        for sample, head in itertools.product(range(3), range(4)):
-            one = (slice(sample, sample + 1), slice(head, head + 1))
-            alone = attended(*(v[one].contiguous() for v in values))
-            for found, part in zip(whole, alone, strict=True):
-                assert torch.equal(found[one], part)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    whole = attended(*values)
+    torch.set_num_threads(1)
+    for sample, head in itertools.product(range(3), range(4)):
+        one = (slice(sample, sample + 1), slice(head, head + 1))
+        alone = attended(*(v[one].contiguous() for v in values))
+        for found, part in zip(whole, alone, strict=True):
+            assert torch.equal(found[one], part)
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> list[Tensor]:
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    upstream: Tensor,
+    seen: Visibility = Visibility(),
+) -> list[Tensor]:
     """Output and gradients."""
     inputs = [t.detach().requires_grad_() for t in (query, key, value)]
-    found = CoreAttention(0.0, 1)(*inputs, Visibility(), None)
+    found = CoreAttention(0.0, 1)(*inputs, seen, None)
     return [found.detach(), *torch.autograd.grad(found, inputs, upstream)]
 
 
@@ -155,6 +160,29 @@ def test_what_is_not_finite_is_seen(place: int, bad: float) -> None:
     assert not out[0, 1, 66].isfinite().all()
     assert out[0, 0].isfinite().all()
     assert out[0, 1, :64].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e12, 1e18])
+def test_weights_of_huge_scores(size: float) -> None:
+    """The keys are the same in pairs, so that most weights are a half."""
+    query, key, value = (drawn(1, 1, 64, 16, seed) for seed in range(3))
+    query, key = query * size, key[:, :, :32].repeat_interleave(2, dim=2)
+    exact = [t.double().requires_grad_() for t in (query, key, value)]
+    seen, upstream = Visibility(causal=False), drawn(1, 1, 64, 16, 9)
+    found = attended(query, key, value, upstream, seen)
+    wanted = written_out(*exact, seen)
+    assert error(found[0], wanted) < ROUNDING
+    (of_value,) = torch.autograd.grad(wanted, exact[2:], upstream.double())
+    assert error(found[3], of_value) < ROUNDING
+    assert all(t.isfinite().all() for t in found)
+
+
+def test_what_is_not_seen_is_not_added_however_low_the_rest_is() -> None:
+    query = torch.full((1, 1, 4, 16), 1e16, dtype=torch.bfloat16)
+    value = drawn(1, 1, 4, 16, 1)
+    for row in range(4):
+        found = CoreAttention(0.0, 1)(query, -query, value, Visibility(), None)[0, 0, row]
+        assert error(found, value[0, 0, : row + 1].double().mean(0)) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", KINDS)

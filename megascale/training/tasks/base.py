@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
+from megascale.config.schema import Config
 from megascale.data.corpus import TokenCorpus
 from megascale.data.loader import EvaluationLoader
 from megascale.data.protocol import FiniteSampleSource
 from megascale.models.chunk import Chunk
 from megascale.parallel.context_parallel import ContextGroup
 from megascale.parallel.fragment import Fragment
-from megascale.parallel.pipeline import StageCosts
+from megascale.parallel.pipeline import SCHEDULES, StageCosts
 from megascale.parallel.tensor_parallel import Placement, TensorGroup
 from megascale.training.datasets import Corpora, RunData
+
+
+def performance_choices(config: Config) -> dict[str, Any]:
+    """Fields of a model's config that the section `performance` sets."""
+    parallel, recompute = config.parallel, config.performance.recompute_activation
+    is_split = SCHEDULES[parallel.pipeline_schedule].splits_backward
+    if recompute == "auto" and parallel.pipeline_parallel_size > 1 and is_split:
+        recompute = (
+            "never"  # gradients of inputs and of weights are computed apart: it would be twice
+        )
+    return {
+        "attention_kernel": config.performance.attention,
+        "recompute_activation": recompute,
+    }
 
 
 class Task(Protocol):

@@ -49,6 +49,7 @@ from megascale.training.datasets import (
     require_mode,
 )
 from megascale.training.losses import TokenLoss, VocabularyPart, token_loss
+from megascale.training.tasks.base import performance_choices
 
 
 def bert_config(model: ModelConfig) -> BERTConfig:
@@ -262,11 +263,7 @@ class BERTTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._bert = replace(
-            bert_config(config.model),
-            attention_kernel=config.performance.attention,
-            recompute_activation=config.performance.recompute_activation,
-        )
+        self._bert = replace(bert_config(config.model), **performance_choices(config))
 
     def build_module(self) -> BERTModule:
         """See `Task.build_module`."""

@@ -49,6 +49,7 @@ from megascale.training.datasets import (
     require_mode,
 )
 from megascale.training.losses import TokenLoss, VocabularyPart, token_loss
+from megascale.training.tasks.base import performance_choices
 
 
 def gpt_config(model: ModelConfig) -> GPTConfig:
@@ -232,11 +233,7 @@ class GPTTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._gpt = replace(
-            gpt_config(config.model),
-            attention_kernel=config.performance.attention,
-            recompute_activation=config.performance.recompute_activation,
-        )
+        self._gpt = replace(gpt_config(config.model), **performance_choices(config))
 
     def build_module(self) -> GPTModule:
         """See `Task.build_module`."""
