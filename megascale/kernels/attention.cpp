@@ -323,9 +323,10 @@ void for_heads(const Shape& shape, float scale, const int32_t* seen, bool own, B
 
 }  // namespace
 
-// Whether the processor multiplies pairs of bf16 in one instruction.
+// Whether the processor multiplies pairs of bf16 in one instruction, and has no faster way that the
+// library takes: AMX multiplies tiles.
 extern "C" int attention_is_fast() {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   return 1;
 #else
   return 0;
