@@ -92,6 +92,10 @@ struct Shape {
       : samples(sizes[0]), heads(sizes[1]), kv_heads(sizes[2]), length(sizes[3]), width(sizes[4]) {}
   // Elements of a head, filled up to whole blocks.
   int64_t all() const { return (length + BLOCK - 1) / BLOCK * BLOCK * width; }
+  // Where the norms of a head begin.
+  int64_t norms_of(int64_t sample, int64_t head) const {
+    return (sample * heads + head) * 2 * length;
+  }
   // Words of a block.
   int64_t block() const { return half_of(width) * BLOCK; }
 };
@@ -299,9 +303,9 @@ class Backward {
 
 // What each key head of each sample, with the heads that read it, goes through on one thread.
 // seen: (samples or 1, 2, length), as `own` says: first and last + 1 of each query's keys.
-template <typename Work, typename Begin, typename Run, typename End>
-void for_heads(const Shape& shape, float scale, const int32_t* seen, bool own, Begin begin, Run run,
-               End end) {
+template <typename Work, typename Run, typename End>
+void for_heads(const Shape& shape, float scale, const Inputs& key, const Inputs& value,
+               const int32_t* seen, bool own, Run run, End end) {
   const int64_t group = shape.heads / shape.kv_heads, length = shape.length;
 #pragma omp parallel
   {
@@ -310,7 +314,7 @@ void for_heads(const Shape& shape, float scale, const int32_t* seen, bool own, B
     for (int64_t sample = 0; sample < shape.samples; ++sample)
       for (int64_t kv = 0; kv < shape.kv_heads; ++kv) {
         const int32_t* first = seen + (own ? sample * 2 * length : 0);
-        begin(work, sample, kv);
+        work.begin(key.of(sample, kv), value.of(sample, kv));
         for (int64_t head = kv * group; head < (kv + 1) * group; ++head)
           for (int64_t q = 0; q < length; q += BLOCK) {
             const int64_t queries = std::min(BLOCK, length - q);
@@ -342,14 +346,11 @@ extern "C" void attention_bfloat16(const int64_t* sizes, const int64_t* strides,
   const Inputs query(q, strides), key(k, strides + 3), value(v, strides + 6);
   const Outputs out(o, strides + 9);
   for_heads<Forward>(
-      shape, scale, seen, own,
-      [&](Forward& work, int64_t sample, int64_t kv) {
-        work.begin(key.of(sample, kv), value.of(sample, kv));
-      },
+      shape, scale, key, value, seen, own,
       [&](Forward& work, int64_t sample, int64_t head, int64_t first, int64_t queries,
           const Seen& sees) {
         work.run(query.of(sample, head), first, queries, sees, out.of(sample, head),
-                 norms + (sample * shape.heads + head) * 2 * shape.length);
+                 norms + shape.norms_of(sample, head));
       },
       [](Forward&, int64_t, int64_t) {});
 }
@@ -365,15 +366,11 @@ extern "C" void attention_backward_bfloat16(const int64_t* sizes, const int64_t*
   const Outputs of_query(of_q, strides + 15), of_key(of_k, strides + 18),
       of_value(of_v, strides + 21);
   for_heads<Backward>(
-      shape, scale, seen, own,
-      [&](Backward& work, int64_t sample, int64_t kv) {
-        work.begin(key.of(sample, kv), value.of(sample, kv));
-      },
+      shape, scale, key, value, seen, own,
       [&](Backward& work, int64_t sample, int64_t head, int64_t first, int64_t queries,
           const Seen& sees) {
         work.run(query.of(sample, head), out.of(sample, head), grad.of(sample, head), first,
-                 queries, sees, norms + (sample * shape.heads + head) * 2 * shape.length,
-                 of_query.of(sample, head));
+                 queries, sees, norms + shape.norms_of(sample, head), of_query.of(sample, head));
       },
       [&](const Backward& work, int64_t sample, int64_t kv) {
         work.end(of_key.of(sample, kv), of_value.of(sample, kv));
