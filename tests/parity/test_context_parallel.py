@@ -230,14 +230,19 @@ def saved_bytes(settings: dict[str, Any]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("recompute", ["never", "always"])
 @pytest.mark.parametrize("model", ["gpt", "llama"])
-def test_activations_fall_as_one_over_cp(pools: Pools, token_prefix: Path, model: str) -> None:
+def test_activations_fall_as_one_over_cp(
+    pools: Pools, token_prefix: Path, model: str, recompute: str
+) -> None:
     """What a rank keeps for the backward, within 10 % of its share; the same on each rank.
 
-    Ulysses keeps attention's output in two orders, as heads and as tokens.
+    Ulysses keeps attention's output in two orders, as heads and as tokens. Where the activation is
+    not kept this alone is 6 % of a layer of these widths, and is not counted.
     """
     changes = {**MODELS[model], "model.dropout": 0.0, "model.seq_length": 64}
     changes |= {"model.hidden_size": 80, "model.ffn_hidden_size": 192}  # tables of angles are small
+    changes["performance.recompute_activation"] = recompute
     changes["data.isolate_documents"] = False  # its mask is T x T bits for every method
 
     def kept(world: int, method: str) -> list[int]:
@@ -247,7 +252,7 @@ def test_activations_fall_as_one_over_cp(pools: Pools, token_prefix: Path, model
     (whole,) = kept(1, "")
     for world in (2, 4):
         output = LAYERS * 2 * 64 // world * 80 * 4  # layers, samples, tokens, width, fp32
-        for method, twice in (("ring", 0), ("ulysses", output)):
+        for method, twice in (("ring", 0), ("ulysses", output if recompute == "always" else 0)):
             for share in kept(world, method):
                 assert abs((share - twice) * world / whole - 1) < 0.1, (world, method, share, whole)
 
