@@ -21,12 +21,18 @@ from megascale.engine.fsdp_reduction import accumulate, reduce_now
 from megascale.engine.loss_scaler import LossScaler, LossScaling
 from megascale.engine.pipeline import Pipeline
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
+from megascale.kernels.library import LIBRARY
 from megascale.models.embedding import TokenEmbedding
 from megascale.models.gradient_sink import attach_sink
+from megascale.models.linear import Linear
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.gradient_norm import clip_, global_norm
 from megascale.parallel.gradient_reducer import GradientReducer, ReducerSink
-from megascale.parallel.layers import VocabParallelEmbedding
+from megascale.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megascale.parallel.mesh import ParallelMesh
 from megascale.parallel.pipeline import PipelineLayout
 from megascale.parallel.tensor_parallel import Placement
@@ -251,14 +257,22 @@ class ReplicatedEngine(TorchEngine):
         if layout is not None:
             self._pipeline = Pipeline(module, layout, mesh, dtype)
         else:  # whose forwards and backwards of micro-batches do not interleave
-            self._attach_sinks()
+            self._attach_sinks(dtype)
         self._build_optimizer()
 
-    def _attach_sinks(self) -> None:
+    def _attach_sinks(self, dtype: torch.dtype) -> None:
+        fast = LIBRARY.has_fast_products and dtype == torch.bfloat16
         for part in self.module.modules():
+            names: tuple[str, ...] = ()
             if isinstance(part, (TokenEmbedding, VocabParallelEmbedding)):
-                weight = part.get_parameter("weight")
-                attach_sink(weight, ReducerSink(self._reducer, weight))
+                names = ("weight",)
+            elif fast and isinstance(part, Linear):
+                names = ("weight", "bias")
+            elif fast and isinstance(part, (ColumnParallelLinear, RowParallelLinear)):
+                names = ("weight",)  # the bias is added outside of the product
+            own = dict(part.named_parameters(recurse=False))
+            for param in (own[name] for name in names if name in own):
+                attach_sink(param, ReducerSink(self._reducer, param))
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], total_targets: torch.Tensor

@@ -21,20 +21,7 @@ namespace {
 constexpr float UNSEEN = -std::numeric_limits<float>::max();
 constexpr float LOG2_E = 1.44269504089f;
 
-// 2^x to 2 ulp; 0 below -126.5, where the exponent becomes that of zero, and at most 2^127.
-inline float power_of_two(float x) {
-  const float bounded = x < -127.0f ? -127.0f : (x > 127.0f ? 127.0f : x);
-  const float whole = std::nearbyint(bounded);
-  const float rest = bounded - whole;
-  float sum = 1.5403530394e-4f;
-  sum = sum * rest + 1.3333558146e-3f;
-  sum = sum * rest + 9.6181291076e-3f;
-  sum = sum * rest + 5.5504108665e-2f;
-  sum = sum * rest + 2.4022650696e-1f;
-  sum = sum * rest + 6.9314718056e-1f;
-  sum = sum * rest + 1.0f;
-  return sum * bits_to_float(uint32_t(int32_t(whole) + 127) << 23);
-}
+constexpr int64_t VECTORS = BLOCK / LANES;
 
 // ---- which keys the queries of a block see: of query q those in [first[q], last[q])
 
@@ -154,33 +141,45 @@ class Forward {
   // Scores of some keys -> their weights by the largest so far, to which sum and output are
   // brought.
   void follow(int64_t keys) {
-    float most[BLOCK], shrink[BLOCK];
-    std::copy_n(most_, BLOCK, most);
-    for (int64_t k = 0; k < keys; ++k) {
-      const float* row = scores_ + k * BLOCK;
-      for (int64_t q = 0; q < BLOCK; ++q) most[q] = row[q] > most[q] ? row[q] : most[q];
-    }
-    bool same = true;
-    for (int64_t q = 0; q < BLOCK; ++q) {
-      shrink[q] = power_of_two(factor_ * (most_[q] - most[q]));
-      same &= most_[q] == most[q];
-      sum_[q] *= shrink[q];
-      most_[q] = most[q];
-    }
-    if (!same)
-      for (int64_t d = 0; d < width_; ++d)
-        for (int64_t q = 0; q < BLOCK; ++q) out_[d * BLOCK + q] *= shrink[q];
-    if (keys % 2) std::fill_n(scores_ + keys * BLOCK, BLOCK, UNSEEN);
-    for (int64_t k = 0; k < keys; k += 2) {
-      const float *low = scores_ + k * BLOCK, *high = low + BLOCK;
-      uint32_t* pair = weights_ + k / 2 * BLOCK;
-      for (int64_t q = 0; q < BLOCK; ++q) {
-        const float one = power_of_two(factor_ * (low[q] - most[q]));
-        const float two = power_of_two(factor_ * (high[q] - most[q]));
-        sum_[q] += one + two;
-        pair[q] = rounded(one) | rounded(two) << 16;
+    Lanes most[VECTORS], sum[VECTORS];
+    for (int64_t v = 0; v < VECTORS; ++v) load(most[v], most_ + v * LANES);
+    for (int64_t k = 0; k < keys; ++k)
+      for (int64_t v = 0; v < VECTORS; ++v) {
+        Lanes score;
+        load(score, scores_ + k * BLOCK + v * LANES);
+        most[v] = larger(score, most[v]);
       }
+    for (int64_t v = 0; v < VECTORS; ++v) sum[v] = shrink(v * LANES, most[v]);
+    if (keys % 2) std::fill_n(scores_ + keys * BLOCK, BLOCK, UNSEEN);
+    for (int64_t k = 0; k < keys; k += 2)
+      for (int64_t v = 0; v < VECTORS; ++v) {
+        Lanes low, high;
+        load(low, scores_ + k * BLOCK + v * LANES);
+        load(high, scores_ + (k + 1) * BLOCK + v * LANES);
+        low = short_power_of_two((low - most[v]) * factor_);
+        high = short_power_of_two((high - most[v]) * factor_);
+        sum[v] += low + high;
+        store_pairs(weights_ + k / 2 * BLOCK + v * LANES, low, high);
+      }
+    for (int64_t v = 0; v < VECTORS; ++v) store(sum_ + v * LANES, sum[v]);
+  }
+
+  // Bring the output of 16 queries to the largest score now; gives their sum brought there.
+  Lanes shrink(int64_t q, const Lanes& most) {
+    Lanes before, sum;
+    load(before, most_ + q);
+    load(sum, sum_ + q);
+    const Lanes factor = short_power_of_two((before - most) * factor_);
+    bool same = true;
+    for (int64_t i = 0; i < LANES; ++i) same &= before[i] == most[i];
+    if (same) return sum;
+    for (int64_t d = 0; d < width_; ++d) {
+      Lanes out;
+      load(out, out_ + d * BLOCK + q);
+      store(out_ + d * BLOCK + q, out * factor);
     }
+    store(most_ + q, most);
+    return sum * factor;
   }
 
   const int64_t width_, length_;
@@ -247,17 +246,25 @@ class Backward {
   void end(const Outputs& of_key, const Outputs& of_value) const {
     for (int64_t k = 0; k < length_; ++k) {
       bf16 *key = of_key.place(k), *value = of_value.place(k);
-      for (int64_t d = 0; d < width_; ++d) put(key[d], of_key_[k * width_ + d]);
-      for (int64_t d = 0; d < width_; ++d) put(value[d], of_value_[k * width_ + d]);
+      along(0, width_, [&](int64_t d, auto number) {
+        load(number, of_key_ + k * width_ + d);
+        store(key + d, number);
+        load(number, of_value_ + k * width_ + d);
+        store(value + d, number);
+      });
     }
   }
 
  private:
   float dot(const bf16* a, const bf16* b) const {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < width_; ++d) sum += widen(a[d]) * widen(b[d]);
-    return sum;
+    Sum sum;
+    along(0, width_, [&](int64_t d, auto one) {
+      auto other = one;
+      load(one, a + d);
+      load(other, b + d);
+      sum.add(one * other);
+    });
+    return sum.total();
   }
 
   // The part of `keys` keys from `begin` on.
@@ -274,22 +281,28 @@ class Backward {
 
   // Scores and the weights' gradient -> weights, and the scores' gradient in both orders.
   void differentiate(int64_t keys) {
-    const float factor = scale_ * LOG2_E;
-    for (int64_t k = 0; k < keys; ++k) {
-      const float *score = scores_ + k * BLOCK, *of_weight = of_weights_ + k * BLOCK;
-      bf16 *weight = weights_ + k * BLOCK, *of_score = of_scores_ + k * BLOCK;
-      for (int64_t q = 0; q < BLOCK; ++q) {
-        const float p = share_[q] * power_of_two(factor * (score[q] - most_[q]));
-        put(weight[q], p);
-        put(of_score[q], scale_ * p * (of_weight[q] - mean_[q]));
+    for (int64_t k = 0; k < keys; k += 2)
+      for (int64_t q = 0; q < BLOCK; q += LANES) {
+        const Lanes low = differentiate(k, q);
+        const Lanes high = k + 1 < keys ? differentiate(k + 1, q) : Lanes{};
+        store_pairs(of_scores_pairs_ + k / 2 * BLOCK + q, low, high);
       }
-    }
-    if (keys % 2) std::fill_n(of_scores_ + keys * BLOCK, BLOCK, bf16{0});
-    for (int64_t k = 0; k < keys; k += 2) {
-      const bf16 *low = of_scores_ + k * BLOCK, *high = low + BLOCK;
-      uint32_t* pair = of_scores_pairs_ + k / 2 * BLOCK;
-      for (int64_t q = 0; q < BLOCK; ++q) pair[q] = pair_of(low[q], high[q]);
-    }
+  }
+
+  // Of a key and 16 queries; gives the gradient of their scores.
+  Lanes differentiate(int64_t key, int64_t q) {
+    const int64_t at = key * BLOCK + q;
+    Lanes score, of_weight, most, share, mean;
+    load(score, scores_ + at);
+    load(of_weight, of_weights_ + at);
+    load(most, most_ + q);
+    load(share, share_ + q);
+    load(mean, mean_ + q);
+    const Lanes weight = share * short_power_of_two((score - most) * (scale_ * LOG2_E));
+    const Lanes of_score = weight * (of_weight - mean) * scale_;
+    store(weights_ + at, weight);
+    store(of_scores_ + at, of_score);
+    return of_score;
   }
 
   const int64_t width_, length_;
@@ -326,16 +339,6 @@ void for_heads(const Shape& shape, float scale, const Inputs& key, const Inputs&
 }
 
 }  // namespace
-
-// Whether the processor multiplies pairs of bf16 in one instruction, and has no faster way that the
-// library takes: AMX multiplies tiles.
-extern "C" int attention_is_fast() {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-  return 1;
-#else
-  return 0;
-#endif
-}
 
 // sizes: of a Shape. strides: of sample, head and place, of each tensor of heads in order.
 // norms: (samples, heads, 2, length), see Forward::run.

@@ -9,16 +9,10 @@
 #include <new>
 
 #include "values.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace {
 
-constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 64;  // queries, and keys, of a block
-
-typedef float Lanes __attribute__((vector_size(64)));
 
 // ---- products: C (rows x columns, fp32) = or += A B
 
@@ -103,10 +97,21 @@ class Piece {
 
 inline uint32_t pair_of(bf16 low, bf16 high) { return low.bits | uint32_t(high.bits) << 16; }
 
-inline uint32_t rounded(float value) {
-  bf16 kept;
-  put(kept, value);
-  return kept.bits;
+// The two numbers of each lane, rounded, in one word.
+inline void store_pairs(uint32_t* to, const Lanes& low, const Lanes& high) {
+#ifdef __AVX512BF16__
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+#else
+  bf16 one, two;
+  for (int64_t i = 0; i < LANES; ++i) {
+    put(one, low[i]);
+    put(two, high[i]);
+    to[i] = pair_of(one, two);
+  }
+#endif
 }
 
 // Pairs of features of a row, filled up to whole vectors.
@@ -189,7 +194,10 @@ void put_rows(const float* turned, int64_t count, int64_t width, const float* fa
               bf16* out, int64_t stride) {
   turn(reinterpret_cast<const uint32_t*>(turned), width, BLOCK, reinterpret_cast<uint32_t*>(room));
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t d = 0; d < width; ++d) put(out[r * stride + d], room[r * width + d] * factors[r]);
+    along(0, width, [&](int64_t d, auto number) {
+      load(number, room + r * width + d);
+      store(out + r * stride + d, number * factors[r]);
+    });
 }
 
 }  // namespace

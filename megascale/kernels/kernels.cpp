@@ -1,4 +1,5 @@
-// Passes of a training step that torch makes with one kernel, and one temporary, for each operation.
+// Passes of a training step that torch makes with one kernel, and one temporary, for each
+// operation.
 //
 // Every function is one pass over rows of bf16 or fp32 values that computes in fp32. No header of
 // torch is needed: Python hands over addresses (library.py). Loops are plain so that the compiler
@@ -12,45 +13,67 @@
 namespace {
 
 // The normal distribution's function and density; erfc as in Abramowitz and Stegun, 7.1.26.
-inline float normal_cdf(float x) {
-  const float size = std::fabs(x) * 0.70710678118654752f;
-  const float t = 1.0f / (1.0f + 0.3275911f * size);
-  float sum = 1.061405429f;
-  sum = sum * t - 1.453152027f;
+template <typename V>
+inline V normal_cdf(const V& x) {
+  const V size = larger(x, -x) * 0.70710678118654752f;
+  const V t = reciprocal(size * 0.3275911f + 1.0f);
+  V sum = t * 1.061405429f - 1.453152027f;
   sum = sum * t + 1.421413741f;
   sum = sum * t - 0.284496736f;
   sum = sum * t + 0.254829592f;
-  const float tail = 0.5f * sum * t * exponential(-size * size);
-  return x < 0.0f ? tail : 1.0f - tail;
+  const V tail = sum * t * exponential(-size * size) * 0.5f;
+  return x < V{} ? tail : 1.0f - tail;
 }
 
-inline float normal_density(float x) { return 0.3989422804014327f * exponential(-0.5f * x * x); }
+template <typename V>
+inline V normal_density(const V& x) {
+  return exponential(x * x * -0.5f) * 0.3989422804014327f;
+}
 
 struct Erf {
-  static inline float value(float x) { return x * normal_cdf(x); }
-  static inline float slope(float x) { return normal_cdf(x) + x * normal_density(x); }
+  template <typename V>
+  static inline V value(const V& x) {
+    return x * normal_cdf(x);
+  }
+  template <typename V>
+  static inline V slope(const V& x) {
+    return normal_cdf(x) + x * normal_density(x);
+  }
 };
 
 struct Tanh {
   // x * sigmoid(2 u) is 0.5 x (1 + tanh(u)), with u the polynomial
   static constexpr float a = 1.5957691216057308f, b = 0.044715f;
-  static inline float gate(float x) { return 1.0f / (1.0f + exponential(-a * (x + b * x * x * x))); }
-  static inline float value(float x) { return x * gate(x); }
-  static inline float slope(float x) {
-    const float s = gate(x);
-    return s + x * s * (1.0f - s) * a * (1.0f + 3.0f * b * x * x);
+  template <typename V>
+  static inline V gate(const V& x) {
+    const V doubled = (x * x * b + 1.0f) * x * a;
+    return reciprocal(exponential(-at_least(-88.0f, doubled)) + 1.0f);
+  }
+  template <typename V>
+  static inline V value(const V& x) {
+    return x * gate(x);
+  }
+  template <typename V>
+  static inline V slope(const V& x) {
+    const V s = gate(x);
+    return s + x * s * (1.0f - s) * (x * x * (3.0f * b) + 1.0f) * a;
   }
 };
 
 template <typename T>
 inline float largest(const T* row, int64_t n) {
-  float most = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = widen(row[i]);
-    most = value > most ? value : most;
-  }
-  return most;
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  Lanes most = all_of<Lanes>(none);
+  float one = none;
+  along(0, n, [&](int64_t i, auto value) {
+    load(value, row + i);
+    if constexpr (sizeof value == sizeof most)
+      most = larger(value, most);
+    else
+      one = larger(value, one);
+  });
+  for (int64_t i = 0; i < LANES; ++i) one = larger(most[i], one);
+  return one;
 }
 
 // ---- the head: logits -> probabilities, with what the loss needs
@@ -71,32 +94,32 @@ void probabilities(T* logits, int64_t rows, int64_t n, const int64_t* labels, fl
       const float most = largest(row, n);
       double sum = 0.0, plain = 0.0;  // of pieces: fp32 loses digits over a large vocabulary
       for (int64_t begin = 0; begin < n; begin += WORDS) {
-        const int64_t end = begin + WORDS < n ? begin + WORDS : n;
-        float some = 0.0f, some_plain = 0.0f;
-#pragma omp simd reduction(+ : some, some_plain)
-        for (int64_t i = begin; i < end; ++i) {
-          const float value = widen(row[i]);
-          const float e = exponential(value - most);
-          power[i] = e;
-          some += e;
-          some_plain += value;
-        }
-        sum += some;
-        plain += some_plain;
+        Sum some, some_plain;
+        along(begin, begin + WORDS < n ? begin + WORDS : n, [&](int64_t i, auto value) {
+          load(value, row + i);
+          some_plain.add(value);
+          value = exponential(value - most);
+          store(power + i, value);
+          some.add(value);
+        });
+        sum += some.total();
+        plain += some_plain.total();
       }
       log_z[r] = most + float(std::log(sum));
       total[r] = float(plain);
       const float factor = float(1.0 / sum);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) put(row[i], power[i] * factor);
+      along(0, n, [&](int64_t i, auto value) {
+        load(value, power + i);
+        store(row + i, value * factor);
+      });
     }
   }
 }
 
 // ---- attention: of row r the columns [first[r % period], last[r % period]) are seen
 
-// Loops go over whole vectors: what an interval leaves of its ends is computed one by one otherwise,
-// which took longer than the rest.
+// Loops go over whole vectors: what an interval leaves of its ends is computed one by one
+// otherwise, which took longer than the rest.
 constexpr int64_t VECTOR = 16;
 
 struct Span {
@@ -190,21 +213,23 @@ void accumulate(float* total, const T* values, int64_t n) {
 template <typename F, typename T>
 void gelu(const T* x, T* out, int64_t n) {
 #pragma omp parallel for if (n > PIECE)
-  for (int64_t begin = 0; begin < n; begin += PIECE) {
-    const int64_t end = begin + PIECE < n ? begin + PIECE : n;
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) put(out[i], F::value(widen(x[i])));
-  }
+  for (int64_t begin = 0; begin < n; begin += PIECE)
+    along(begin, begin + PIECE < n ? begin + PIECE : n, [&](int64_t i, auto value) {
+      load(value, x + i);
+      store(out + i, F::value(value));
+    });
 }
 
 template <typename F, typename T>
 void gelu_backward(const T* x, const T* grad, T* out, int64_t n) {
 #pragma omp parallel for if (n > PIECE)
-  for (int64_t begin = 0; begin < n; begin += PIECE) {
-    const int64_t end = begin + PIECE < n ? begin + PIECE : n;
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) put(out[i], widen(grad[i]) * F::slope(widen(x[i])));
-  }
+  for (int64_t begin = 0; begin < n; begin += PIECE)
+    along(begin, begin + PIECE < n ? begin + PIECE : n, [&](int64_t i, auto value) {
+      auto of_value = value;
+      load(value, x + i);
+      load(of_value, grad + i);
+      store(out + i, of_value * F::slope(value));
+    });
 }
 
 // ---- dropout: which elements are kept, as models/dropout.py defines it

@@ -23,7 +23,8 @@ from torch.profiler import record_function
 
 from megascale.errors import UserError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp"))
+_NAMES = ("kernels.cpp", "attention.cpp", "products.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("values.h", "blocks.h"))
 COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = (
@@ -84,10 +85,10 @@ class Library:
         return None
 
     @property
-    def has_fast_attention(self) -> bool:
-        """Whether `passes.attention` finds the instructions for it, without which torch's products
-        are faster."""
-        return self._loaded is not None and self.enabled and bool(self._loaded.attention_is_fast())
+    def has_fast_products(self) -> bool:
+        """Whether `passes.attention`, `product_` and `weight_gradient_` find the instructions for
+        them, without which torch's products are faster."""
+        return self._loaded is not None and self.enabled and bool(self._loaded.products_are_fast())
 
     @property
     def enabled(self) -> bool:
@@ -98,10 +99,15 @@ class Library:
         """Whether a tensor goes to the compiled functions."""
         return tensor.dtype in self.dtypes and tensor.device.type == "cpu"
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
-        """Call a function for a type; tensors, ints and floats as C has them."""
+    def call(self, name: str, dtype: torch.dtype, *arguments: Any, flops: int = 0) -> None:
+        """Call a function for a type; tensors, ints and floats as C has them.
+
+        Args:
+            flops: for torch's profiler, which stand behind the function's name there.
+        """
         function = getattr(self._loaded, f"{name}_{str(dtype).removeprefix('torch.')}")
-        with record_function(f"{PROFILED}{name}") if is_profiled() else nullcontext():
+        label = f"{PROFILED}{name} {flops}" if flops else f"{PROFILED}{name}"
+        with record_function(label) if is_profiled() else nullcontext():
             function(*(_as_c(argument) for argument in arguments))
 
 
@@ -113,6 +119,8 @@ def _as_c(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         assert argument.is_contiguous(), argument.stride()
         return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p()
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 

@@ -115,6 +115,50 @@ def _layout(kv_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor([samples, heads, kv_heads, length, width]), torch.tensor(strides)
 
 
+def product_(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """``a @ b`` of bf16 matrices in `out`'s place, or added to it; summed in fp32.
+
+    Args:
+        a: (N, K), K even, its rows contiguous. b: (K, M), likewise, or a transposed such matrix.
+        out: (N, M), likewise; bf16, or fp32, which alone can be added to.
+    """
+    (rows, depth), columns = a.shape, b.shape[1]
+    turned = b.stride(1) != 1
+    wide = out.dtype == torch.float32
+    assert (depth, depth % 2, out.shape) == (len(b), 0, (rows, columns)), (a.shape, b.shape)
+    assert a.stride(1) == out.stride(1) == b.stride(0 if turned else 1) == 1
+    assert wide or not add
+    sizes = torch.tensor(
+        [rows, columns, depth, a.stride(0), b.stride(1 if turned else 0), out.stride(0)]
+    )
+    addresses = a.data_ptr(), b.data_ptr(), int(turned), None, out.data_ptr()
+    flops = 2 * rows * columns * depth
+    LIBRARY.call("product", a.dtype, sizes, *addresses, int(wide), int(add), flops=flops)
+    return out
+
+
+def weight_gradient_(
+    grad: Tensor, x: Tensor, total: Tensor, add: bool, sums: Tensor | None, add_sums: bool
+) -> None:
+    """``grad.T @ x`` of bf16 matrices in `total`'s place, or added to it; all in fp32.
+
+    Args:
+        grad: (N, O), of a linear layer's output. x: (N, I), its input.
+        total: (O, I) fp32, contiguous. add: whether there are numbers, to be added to.
+        sums: (O,) fp32 for the sums of `grad` over N, the bias's gradient, or None.
+        add_sums: likewise.
+    """
+    grad, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad, x))
+    (tokens, outputs), inputs = grad.shape, x.shape[1]
+    assert (total.shape, total.dtype) == ((outputs, inputs), torch.float32)
+    assert len(x) == tokens
+    assert sums is None or (sums.shape, sums.dtype) == ((outputs,), torch.float32)
+    sizes = torch.tensor([outputs, inputs, tokens, grad.stride(0), x.stride(0)])
+    arguments = grad.data_ptr(), x.data_ptr(), total, int(add), sums, int(add_sums)
+    flops = 2 * tokens * outputs * inputs
+    LIBRARY.call("weight_gradient", grad.dtype, sizes, *arguments, flops=flops)
+
+
 def accumulate_(total: Tensor, values: Tensor) -> None:
     """``total += values``, both contiguous, ``total`` in fp32; torch's addition of two types is
     several times slower."""

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megascale.models.linear import Linear, Sums, linear
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -36,11 +38,11 @@ class ActivatedProduct:
         """``weight`` (O, F), ``bias`` (O,), ``inputs`` (..., F) -> (..., O)."""
         if self.recompute == "always" or (self.recompute == "auto" and weight.device.type == "cpu"):
             return _Product.apply(self.activation, weight, bias, *inputs)
-        return F.linear(self.activation(*inputs), weight, bias)
+        return linear(self.activation(*inputs), weight, bias)
 
 
-class ActivatedLinear(nn.Linear):
-    """nn.Linear of what an activation makes of its inputs; see `ActivatedProduct`."""
+class ActivatedLinear(Linear):
+    """Linear of what an activation makes of its inputs; see `ActivatedProduct`."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, product: ActivatedProduct
@@ -63,7 +65,7 @@ class _Product(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(weight, *inputs)
-        ctx.activation = activation
+        ctx.activation, ctx.sums = activation, Sums(weight, bias)
         return F.linear(activation(*inputs), weight, bias)
 
     @staticmethod
@@ -74,12 +76,7 @@ class _Product(torch.autograd.Function):
         with torch.enable_grad():
             own = [t.detach().requires_grad_(n) for t, n in zip(inputs, of_inputs, strict=True)]
             activated = ctx.activation(*own)
-        rows = grad.reshape(-1, grad.shape[-1])
-        grads: list[Tensor | None] = [None, None, None]
-        if of_weight:
-            grads[1] = rows.t() @ activated.detach().reshape(-1, activated.shape[-1])
-        if of_bias:
-            grads[2] = rows.sum(0)
+        of_parameters = ctx.sums.gradients(grad, activated.detach(), of_weight, of_bias)
         wanted = [t for t in own if t.requires_grad]
         found = iter(torch.autograd.grad(activated, wanted, grad @ weight) if wanted else ())
-        return *grads, *(next(found) if t.requires_grad else None for t in own)
+        return None, *of_parameters, *(next(found) if t.requires_grad else None for t in own)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megascale.models.blockwise_attention import Scoring, blockwise_attention
 from megascale.models.compiled_attention import compiled_attention
 from megascale.models.dropout import CounterDropout
+from megascale.models.linear import Linear
 from megascale.models.rotary import Rotary, apply_rotary, rotary_tables
 
 AttentionKernel = Literal["auto", "sdpa", "blockwise"]
@@ -284,11 +285,11 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = head_dim, rotary
-        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
-        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.query = Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.key = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.value = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         output_bias = bias if output_bias is None else output_bias
-        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+        self.output = Linear(num_heads * head_dim, hidden_size, bias=output_bias)
         self.query_norm, self.key_norm = query_norm, key_norm
         self.core = CoreAttention(dropout, dropout_site, softcap, query_scaling, kernel)
 

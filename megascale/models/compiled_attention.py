@@ -27,7 +27,7 @@ def compiled_attention(
     heads = key.shape[0] * key.shape[1]
     if query.dtype != torch.bfloat16 or query.shape[-1] % _LANES or heads < torch.get_num_threads():
         return None
-    if not LIBRARY.takes(query) or not LIBRARY.has_fast_attention:
+    if not LIBRARY.takes(query) or not LIBRARY.has_fast_products:
         return None
     seen = visibility.intervals(query.shape[2])
     return None if seen is None else _CompiledAttention.apply(query, key, value, seen, scale)

@@ -4,7 +4,8 @@ Autograd hands on a gradient whole and in the parameter's type: for a vocabulary
 most of a small model's parameters, that is a rounding to bf16, zeros for every word that does not
 occur, and a pass over all of it for each. An engine that keeps its main gradients in place may
 attach a sink to such a parameter; the operations that know it (the token embedding, the fused
-loss) add to it in their backward and tell autograd that there is nothing.
+loss, and where there are compiled products linear layers) add to it in their backward and tell
+autograd that there is nothing.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megascale.kernels import passes
 from megascale.kernels.library import LIBRARY
 from megascale.models.activated_linear import ActivatedLinear, ActivatedProduct, Recompute
+from megascale.models.linear import Linear
 
 ActivationName = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
 
@@ -66,10 +67,10 @@ class MLP(nn.Module):
         recompute: Recompute = "auto",
     ) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
-        self.gate: nn.Linear | None = None
+        self.up = Linear(hidden_size, ffn_hidden_size, bias=bias)
+        self.gate: Linear | None = None
         if is_gated(activation):
-            self.gate = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
+            self.gate = Linear(hidden_size, ffn_hidden_size, bias=bias)
         product = ActivatedProduct((_PLAIN | _GATED)[activation], recompute)
         self.down = ActivatedLinear(ffn_hidden_size, hidden_size, bias, product)
 

@@ -58,9 +58,8 @@ class _Bucket:
 class ReducerSink:
     """A main gradient of a reducer; see `models.gradient_sink.GradientSink`.
 
-    Autograd runs the hook of a parameter after all of its operations, or not at all where none
-    of them handed it anything: such a bucket is reduced in `finish`. The table of the first layer,
-    for which this is, comes last in any case.
+    Autograd runs the hook of a parameter after all of its operations, also where none of them
+    handed it anything, so that the bucket is reduced as any other.
     """
 
     def __init__(self, reducer: GradientReducer, param: torch.nn.Parameter) -> None:

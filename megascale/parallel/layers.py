@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megascale.models.activated_linear import ActivatedLinear
+from megascale.models.linear import Sums, linear
 from megascale.parallel.collectives import (
     all_gather_sequence,
     copy_to_group,
@@ -106,20 +107,20 @@ class _ColumnLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, sequence: bool, fan: FanOut
     ) -> Tensor:
         ctx.save_for_backward(x, weight)  # the local part only; gathered again in the backward
-        ctx.group, ctx.sequence, ctx.visit = group, sequence, fan.visit(x)
+        ctx.group, ctx.sequence, ctx.visit, ctx.sums = group, sequence, fan.visit(x), Sums(weight)
         out = F.linear(ctx.visit.whole(x, group) if sequence else x, weight)
         if fan.complete():
             ctx.visit.forget()
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
         # fetched before anything else uses the network
         whole = ctx.visit.whole(x, ctx.group) if ctx.sequence else x
         total = ctx.visit.add(grad @ weight)
         pending = None if total is None else _start_sum(total, ctx.group, ctx.sequence)
-        grad_weight = grad.flatten(0, -2).t() @ whole.flatten(0, -2)
+        grad_weight, _ = ctx.sums.gradients(grad, whole)
         if pending is None:
             return None, grad_weight, None, None, None
         ctx.visit.forget()
@@ -275,7 +276,7 @@ class ReplicatedParameters(nn.Module):
 def _product(weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
     """Of a layer without activation."""
     (x,) = inputs
-    return F.linear(x, weight, bias)
+    return linear(x, weight, bias)
 
 
 def _part(parameter: Tensor, dim: int, interval: tuple[int, int]) -> nn.Parameter:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.kernels.library import LIBRARY
-from megascale.kernels.passes import accumulate_, probabilities_
+from megascale.kernels.passes import accumulate_, probabilities_, product_, weight_gradient_
 from megascale.models.gradient_sink import sink_of
 from megascale.wide import wide_dtype, widen
 
@@ -212,11 +212,15 @@ class _Pass:
             self._weight = torch.empty_like(self.weight, dtype=wide)
         of_hidden = torch.zeros_like(hidden, dtype=wide)
         step = _power_of_two(PART_ELEMENTS // max(1, len(hidden)))
+        compiled = LIBRARY.takes(gradient) and gradient.dtype == torch.bfloat16
         for words in _slices(len(self.weight), step):
-            part = gradient[:, words]
+            part, own = gradient[:, words], self._weight[words]
+            if compiled and LIBRARY.has_fast_products and part.shape[1] % 2 == 0:
+                product_(part, self.weight[words], of_hidden, add=True)
+                weight_gradient_(part, hidden, own, not self._first, None, False)
+                continue
             _add(of_hidden, part @ self.weight[words])
             product = part.t() @ hidden  # of no token: zeros
-            own = self._weight[words]
             own.copy_(product) if self._first else _add(own, product)
         self._hidden[rows] = of_hidden
         if self.bias is not None:

@@ -32,11 +32,12 @@ _BACKWARD = "autograd::engine::evaluate_function"
 PRODUCTS = "matrix products"
 ATTENTION = "attention kernel"
 COMMUNICATION = "communication"
+_COUNTED = re.compile(rf"^{PROFILED}\w+ (\d+)$")  # compiled products, with their FLOPs
 # first match decides; what matches nothing is elementwise work
 _KINDS = (
     (COMMUNICATION, re.compile(rf"^(c10d::|record_param_comms|{WAIT})")),
     (ATTENTION, re.compile(rf"scaled_dot_product|flash_attention|^{PROFILED}attention")),
-    (PRODUCTS, re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_?addmv|mv|linear)$")),
+    (PRODUCTS, re.compile(rf"^aten::(mm|addmm|bmm|baddbmm|_?addmv|mv|linear)$|{_COUNTED.pattern}")),
     ("copies", re.compile(r"^aten::(copy_|fill_|zero_|cat|_to_copy|clone|index|embedding.*)$")),
     (
         "Python and dispatch",
@@ -224,7 +225,7 @@ def summarize(events: Sequence[Any], steps: int, *, on_gpu: bool) -> Profile:
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kind = COMMUNICATION if _enclosing(event, (_MEMORY,)) else _kind(event.name)
         seconds = time * 1e-6 / steps
-        flops = (event.flops or 0) / steps if kind == PRODUCTS else 0.0
+        flops = _flops(event) / steps if kind == PRODUCTS else 0.0
         memory = event.self_device_memory_usage if on_gpu else event.self_cpu_memory_usage
         kept = memory / steps if phase == "forward" else 0.0
         profile.seconds += seconds
@@ -238,6 +239,11 @@ def summarize(events: Sequence[Any], steps: int, *, on_gpu: bool) -> Profile:
             share.flops += flops
             share.kept_bytes += kept
     return profile
+
+
+def _flops(event: Any) -> int:
+    counted = _COUNTED.match(event.name)
+    return int(counted[1]) if counted else event.flops or 0
 
 
 def _kind(name: str) -> str:

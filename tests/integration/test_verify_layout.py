@@ -93,7 +93,7 @@ def test_a_cut_sequence_in_half_precision(
 
 def _record_compiled(settings: dict[str, Any], folder: str, layout: Layout) -> int:
     """Runs on every rank: as `_record`, also where compiled attention is slow; counts its calls."""
-    wanted = mock.patch.object(Library, "has_fast_attention", property(lambda one: one.enabled))
+    wanted = mock.patch.object(Library, "has_fast_products", property(lambda one: one.enabled))
     with wanted, mock.patch.object(passes, "attention", wraps=passes.attention) as kernel:
         _record(settings, folder, layout)
     return kernel.call_count
@@ -102,6 +102,7 @@ def _record_compiled(settings: dict[str, Any], folder: str, layout: Layout) -> i
 @pytest.mark.parametrize(
     "layout",
     [
+        Layout(dp=2, engine="torch"),
         Layout(tp=2, sp=1, engine="torch"),
         Layout(cp=2, method="ulysses", zero=3, engine="torch"),
         Layout(dp=2, zero=3, engine="deepspeed", recompute="full"),

@@ -23,7 +23,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel is taken, also by a processor on which it is slow, and for a single head."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(Library, "has_fast_attention", property(lambda library: library.enabled))
+    monkeypatch.setattr(Library, "has_fast_products", property(lambda library: library.enabled))
     assert LIBRARY.enable("auto", CPU) is None
     yield
     LIBRARY.enable("never", CPU)
@@ -231,5 +231,5 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     assert not taken(*values)
     monkeypatch.undo()
-    monkeypatch.setattr(Library, "has_fast_attention", property(lambda library: False))
+    monkeypatch.setattr(Library, "has_fast_products", property(lambda library: False))
     assert not taken(*values)
