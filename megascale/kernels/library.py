@@ -100,7 +100,7 @@ class Library:
         return tensor.dtype in self.dtypes and tensor.device.type == "cpu"
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Any, flops: int = 0) -> None:
-        """Call a function for a type; tensors, ints and floats as C has them.
+        """Call a function for a type; tensors, ints, tuples of them and floats as C has them.
 
         Args:
             flops: for torch's profiler, which stand behind the function's name there.
@@ -121,6 +121,8 @@ def _as_c(argument: Any) -> Any:
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:
         return ctypes.c_void_p()
+    if isinstance(argument, tuple):
+        return (ctypes.c_int64 * len(argument))(*argument)
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 

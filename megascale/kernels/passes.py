@@ -105,22 +105,24 @@ def _places_first(like: Tensor) -> Tensor:
     )
 
 
-def _layout(kv_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def _layout(kv_heads: int, *tensors: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What attention.cpp calls sizes and strides."""
     samples, heads, length, width = tensors[0].shape
     for tensor in tensors:
         assert (tensor.dtype, tensor.stride(-1)) == (torch.bfloat16, 1), tensor.stride()
         assert tensor.shape in ((samples, heads, length, width), (samples, kv_heads, length, width))
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    return torch.tensor([samples, heads, kv_heads, length, width]), torch.tensor(strides)
+    strides = tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+    return (samples, heads, kv_heads, length, width), strides
 
 
-def product_(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """``a @ b`` of bf16 matrices in `out`'s place, or added to it; summed in fp32.
+def product_(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, *, add: bool = False
+) -> Tensor:
+    """``a @ b + bias`` of bf16 matrices in `out`'s place, or added to it; summed in fp32.
 
     Args:
         a: (N, K), K even, its rows contiguous. b: (K, M), likewise, or a transposed such matrix.
-        out: (N, M), likewise; bf16, or fp32, which alone can be added to.
+        out: (N, M), likewise; bf16, or fp32, which alone can be added to. bias: (M,) bf16.
     """
     (rows, depth), columns = a.shape, b.shape[1]
     turned = b.stride(1) != 1
@@ -128,10 +130,10 @@ def product_(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     assert (depth, depth % 2, out.shape) == (len(b), 0, (rows, columns)), (a.shape, b.shape)
     assert a.stride(1) == out.stride(1) == b.stride(0 if turned else 1) == 1
     assert wide or not add
-    sizes = torch.tensor(
-        [rows, columns, depth, a.stride(0), b.stride(1 if turned else 0), out.stride(0)]
-    )
-    addresses = a.data_ptr(), b.data_ptr(), int(turned), None, out.data_ptr()
+    strides = a.stride(0), b.stride(1 if turned else 0), out.stride(0)
+    sizes = rows, columns, depth, *strides
+    assert bias is None or (bias.shape, bias.dtype) == ((columns,), a.dtype)
+    addresses = a.data_ptr(), b.data_ptr(), int(turned), bias, out.data_ptr()
     flops = 2 * rows * columns * depth
     LIBRARY.call("product", a.dtype, sizes, *addresses, int(wide), int(add), flops=flops)
     return out
@@ -153,7 +155,7 @@ def weight_gradient_(
     assert (total.shape, total.dtype) == ((outputs, inputs), torch.float32)
     assert len(x) == tokens
     assert sums is None or (sums.shape, sums.dtype) == ((outputs,), torch.float32)
-    sizes = torch.tensor([outputs, inputs, tokens, grad.stride(0), x.stride(0)])
+    sizes = outputs, inputs, tokens, grad.stride(0), x.stride(0)
     arguments = grad.data_ptr(), x.data_ptr(), total, int(add), sums, int(add_sums)
     flops = 2 * tokens * outputs * inputs
     LIBRARY.call("weight_gradient", grad.dtype, sizes, *arguments, flops=flops)

@@ -10,6 +10,7 @@
 // caches (the order of loops is that of arXiv:1609.00076 but for the fourth, around rows of B).
 
 #include <algorithm>
+#include <memory>
 
 #include "blocks.h"
 #ifdef _OPENMP
@@ -39,6 +40,24 @@ struct Result {
 };
 
 int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// Memory of a thread that stays from call to call, so that none is mapped and zeroed for each.
+template <typename T>
+class Room {
+ public:
+  T* of(int64_t count) {
+    if (count > count_) {
+      piece_.reset();
+      piece_.reset(new Piece<T>(count));
+      count_ = count;
+    }
+    return *piece_;
+  }
+
+ private:
+  std::unique_ptr<Piece<T>> piece_;
+  int64_t count_ = 0;
+};
 
 // ---- packing
 
@@ -106,6 +125,10 @@ void put_rows_of_block(const float* block, int64_t rows, int64_t columns, const 
     along(0, columns, [&](int64_t c, auto number) {
       auto there = number;
       load(number, block + c);
+      if (out.bias) {
+        load(there, out.bias + c0 + c);
+        number += there;
+      }
       if (out.wide && out.add) {
         load(there, wide + c);
         number += there;
@@ -178,11 +201,13 @@ int64_t panels_of_task(int64_t blocks, int64_t all) {
 
 // C = or += A B; sums: of A's rows, where A is given turned, or null.
 void product(const Factors& f, const Sizes& n, const Result& out, float* sums, bool add_sums) {
+  if (n.rows == 0 || n.columns == 0) return;
   const int64_t pairs = pieces(n.depth, 2), panels = pieces(n.columns, BLOCK);
   const int64_t height = f.a_turned ? BLOCK : 2 * BLOCK, blocks = pieces(n.rows, height);
   const int64_t group = std::max<int64_t>(1, std::min(panels, PACKED / (pairs * BLOCK)));
   const int64_t padded = pieces(n.depth, 2 * LANES) * 2 * LANES;
-  Piece<uint32_t> packed(group * pairs * BLOCK);
+  thread_local Room<uint32_t> kept;
+  uint32_t* packed = kept.of(group * pairs * BLOCK);
   for (int64_t begin = 0; begin < panels; begin += group) {
     const int64_t end = std::min(panels, begin + group);
     const int64_t span = panels_of_task(blocks, end - begin);
@@ -197,8 +222,10 @@ void product(const Factors& f, const Sizes& n, const Result& out, float* sums, b
         else
           pack_rows({f.b.place(0, c), f.b.row}, n.depth, columns, panel);
       }
-      Piece<bf16> turned(f.a_turned ? BLOCK * padded : 0);
-      Piece<float> room(height * BLOCK);
+      thread_local Room<bf16> kept_turned;
+      thread_local Room<float> kept_sums;
+      bf16* turned = f.a_turned ? kept_turned.of(BLOCK * padded) : nullptr;
+      float* room = kept_sums.of(height * BLOCK);
 #pragma omp for collapse(2)
       for (int64_t task = 0; task < blocks; ++task)
         for (int64_t first = begin; first < end; first += span) {
@@ -210,7 +237,7 @@ void product(const Factors& f, const Sizes& n, const Result& out, float* sums, b
           }
           for (int64_t p = first; p < std::min(end, first + span); ++p) {
             const int64_t c = p * BLOCK;
-            multiply_block(f.a_turned ? +turned : f.a.place(r, 0), f.a_turned ? padded : f.a.row,
+            multiply_block(f.a_turned ? turned : f.a.place(r, 0), f.a_turned ? padded : f.a.row,
                            packed + (p - begin) * pairs * BLOCK, n.depth, rows,
                            std::min(BLOCK, n.columns - c), room, out, r, c);
           }

@@ -8,16 +8,15 @@ layer of GPT-2 keeps 4 B T D fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megascale.models.linear import Linear, Sums, linear
+from megascale.models.linear import Linear, Products, linear
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -65,8 +64,8 @@ class _Product(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(weight, *inputs)
-        ctx.activation, ctx.sums = activation, Sums(weight, bias)
-        return F.linear(activation(*inputs), weight, bias)
+        ctx.activation, ctx.products = activation, Products(weight, bias)
+        return ctx.products.output(activation(*inputs), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +75,10 @@ class _Product(torch.autograd.Function):
         with torch.enable_grad():
             own = [t.detach().requires_grad_(n) for t, n in zip(inputs, of_inputs, strict=True)]
             activated = ctx.activation(*own)
-        of_parameters = ctx.sums.gradients(grad, activated.detach(), of_weight, of_bias)
+        of_parameters = ctx.products.gradients(grad, activated.detach(), of_weight, of_bias)
         wanted = [t for t in own if t.requires_grad]
-        found = iter(torch.autograd.grad(activated, wanted, grad @ weight) if wanted else ())
+        found: Iterator[Tensor] = iter(())
+        if wanted:
+            of_activated = ctx.products.input_gradient(grad, weight)
+            found = iter(torch.autograd.grad(activated, wanted, of_activated))
         return None, *of_parameters, *(next(found) if t.requires_grad else None for t in own)

@@ -3,7 +3,8 @@
 Autograd would hand on the weight's gradient in the weight's type, to be read, widened and added to
 the main gradient, and walk over the output's gradient once more for the bias. Where parameters
 have sinks (`gradient_sink.py`) one compiled product does all three, in fp32 from the first sum to
-the last: what Megatron calls gradient accumulation fusion.
+the last: what Megatron calls gradient accumulation fusion. The layer's other two products are
+compiled there, too.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sums = Sums(weight, bias)
-        return F.linear(x, weight, bias)
+        ctx.products = Products(weight, bias)
+        return ctx.products.output(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return of_x, *ctx.sums.gradients(grad, x, *ctx.needs_input_grad[1:])
+        of_x = ctx.products.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
+        return of_x, *ctx.products.gradients(grad, x, *ctx.needs_input_grad[1:])
 
 
-class Sums:
-    """Where the gradients of a layer's parameters go.
+class Products:
+    """The three products of a linear layer, and where the gradients of its parameters go.
 
     Args:
         weight: (O, I). bias: (O,) or None; has a sink if the weight has one.
@@ -59,6 +60,23 @@ class Sums:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = sink_of(weight)
         self._bias = None if bias is None else sink_of(bias)
+        self._compiled = self._weight is not None and all(n % 2 == 0 for n in weight.shape)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: (..., I) -> (..., O)."""
+        if not self._compiled:
+            return F.linear(x, weight, bias)
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        passes.product_(_rows(x), weight.t(), out.flatten(0, -2), bias)
+        return out
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """``grad @ weight``: (..., O) -> (..., I)."""
+        if not self._compiled:
+            return grad @ weight
+        out = grad.new_empty(*grad.shape[:-1], weight.shape[1])
+        passes.product_(_rows(grad), weight, out.flatten(0, -2))
+        return out
 
     def gradients(
         self, grad: Tensor, x: Tensor, of_weight: bool = True, of_bias: bool = False
@@ -78,6 +96,11 @@ class Sums:
         sums, fresh_sums = (None, True) if self._bias is None else _place(self._bias)
         passes.weight_gradient_(rows, inputs, total, not fresh, sums, not fresh_sums)
         return None, None
+
+
+def _rows(values: Tensor) -> Tensor:
+    rows = values.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _place(sink: GradientSink) -> tuple[Tensor, bool]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megascale.models.activated_linear import ActivatedLinear
-from megascale.models.linear import Sums, linear
+from megascale.models.linear import Products, linear
 from megascale.parallel.collectives import (
     all_gather_sequence,
     copy_to_group,
@@ -107,8 +107,9 @@ class _ColumnLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, sequence: bool, fan: FanOut
     ) -> Tensor:
         ctx.save_for_backward(x, weight)  # the local part only; gathered again in the backward
-        ctx.group, ctx.sequence, ctx.visit, ctx.sums = group, sequence, fan.visit(x), Sums(weight)
-        out = F.linear(ctx.visit.whole(x, group) if sequence else x, weight)
+        ctx.group, ctx.sequence, ctx.visit = group, sequence, fan.visit(x)
+        ctx.products = Products(weight)
+        out = ctx.products.output(ctx.visit.whole(x, group) if sequence else x, weight, None)
         if fan.complete():
             ctx.visit.forget()
         return out
@@ -118,9 +119,9 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # fetched before anything else uses the network
         whole = ctx.visit.whole(x, ctx.group) if ctx.sequence else x
-        total = ctx.visit.add(grad @ weight)
+        total = ctx.visit.add(ctx.products.input_gradient(grad, weight))
         pending = None if total is None else _start_sum(total, ctx.group, ctx.sequence)
-        grad_weight, _ = ctx.sums.gradients(grad, whole)
+        grad_weight, _ = ctx.products.gradients(grad, whole)
         if pending is None:
             return None, grad_weight, None, None, None
         ctx.visit.forget()

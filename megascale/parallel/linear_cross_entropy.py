@@ -38,7 +38,7 @@ GROUP_BYTES = 64 * 2**20
 BLOCK_ELEMENTS = 2**24
 """Of the logits that are multiplied at a time: small enough for the caches of a large CPU."""
 
-PART_ELEMENTS = 2**22
+PART_ELEMENTS = 2**23
 """Of the logits whose gradient is multiplied back at a time, likewise."""
 
 LEAST_LIKELIHOOD = 1e-30
@@ -129,6 +129,7 @@ class _Pass:
         terms: LossTerms,
         gradients: bool,
     ) -> None:
+        hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.labels, self.terms, self.gradients = labels, terms, gradients
         self.sink = sink_of(weight) if gradients else None
@@ -138,6 +139,9 @@ class _Pass:
         self._weight: Tensor | None = place
         self._bias: Tensor | None = None
         self._first = True  # nothing was added to the weight's gradient yet
+        even = all(size % 2 == 0 for size in weight.shape)
+        self._compiled = even and hidden.dtype == torch.bfloat16 and LIBRARY.takes(hidden)
+        self._compiled = self._compiled and LIBRARY.has_fast_products
 
     @property
     def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -150,6 +154,8 @@ class _Pass:
         block = _power_of_two(BLOCK_ELEMENTS // vocabulary)
         row_bytes = vocabulary * self.hidden.element_size()
         group = max(block, _power_of_two(GROUP_BYTES // row_bytes))
+        if self._compiled:  # which reorder the weight for each block
+            block = group
         total = torch.zeros((), dtype=wide_dtype(self.hidden.dtype), device=self.hidden.device)
         buffer = self.hidden.new_empty(min(group, tokens), vocabulary)
         for rows in _slices(tokens, group):
@@ -194,7 +200,9 @@ class _Pass:
         return losses.masked_fill(~counted, 0.0).sum()
 
     def _multiply(self, hidden: Tensor, out: Tensor) -> None:
-        if self.bias is None:
+        if self._compiled:
+            product_(hidden, self.weight.t(), out, self.bias)
+        elif self.bias is None:
             torch.mm(hidden, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
@@ -212,10 +220,9 @@ class _Pass:
             self._weight = torch.empty_like(self.weight, dtype=wide)
         of_hidden = torch.zeros_like(hidden, dtype=wide)
         step = _power_of_two(PART_ELEMENTS // max(1, len(hidden)))
-        compiled = LIBRARY.takes(gradient) and gradient.dtype == torch.bfloat16
         for words in _slices(len(self.weight), step):
             part, own = gradient[:, words], self._weight[words]
-            if compiled and LIBRARY.has_fast_products and part.shape[1] % 2 == 0:
+            if self._compiled:
                 product_(part, self.weight[words], of_hidden, add=True)
                 weight_gradient_(part, hidden, own, not self._first, None, False)
                 continue
