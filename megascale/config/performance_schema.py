@@ -27,9 +27,9 @@ class PerformanceConfig(Section):
     """Whether adamw and sgd update a tensor in one pass over it; auto: yes, except on the CPU where
     copies of a weight lie at different places of DeepSpeed's flat partitions."""
     compiled_kernels: Choice = "auto"
-    """Whether attention, softmax, GELU and dropout's masks on CPU are C++ that is compiled at the
-    first use on a machine; auto: where a compiler is found, in bf16, and masks; always: in fp32,
-    too, but for attention."""
+    """Whether attention, matrix products, softmax, GELU, AdamW and dropout's masks on CPU are C++
+    that is compiled at the first use on a machine; auto: where a compiler is found, in bf16, and
+    masks; always: in fp32, too, but for attention, products and AdamW."""
     keep_memory: Choice = "auto"
     """Whether glibc's allocator keeps freed memory for the next tensors instead of returning it to
     the system and mapping it anew, page by page; auto: on CPU. It changes no other allocator."""

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from megascale.engine.fsdp_reduction import accumulate, reduce_now
 from megascale.engine.loss_scaler import LossScaler, LossScaling
+from megascale.engine.one_pass import OnePassAdamW
 from megascale.engine.pipeline import Pipeline
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.kernels.library import LIBRARY
@@ -26,7 +27,7 @@ from megascale.models.embedding import TokenEmbedding
 from megascale.models.gradient_sink import attach_sink
 from megascale.models.linear import Linear
 from megascale.parallel.fragment import Fragment, whole_box
-from megascale.parallel.gradient_norm import clip_, global_norm
+from megascale.parallel.gradient_norm import clip_, clip_factor, global_norm
 from megascale.parallel.gradient_reducer import GradientReducer, ReducerSink
 from megascale.parallel.layers import (
     ColumnParallelLinear,
@@ -85,16 +86,19 @@ class TorchEngine:
         scale = self._scaler.scale
         finite = math.isfinite(norm)
         if finite:
-            clip_(list(gradients.values()), norm, self._recipe.grad_clip)
-            for name, master in self._masters.items():
-                master.grad = gradients[name]
             for group in self._optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-            self._optimizer.step()
-            self._after_update()
+            self._update(gradients, norm)
         self._clear_gradients()
         self._scaler.update(overflow=not finite)
         return StepOutcome(norm if finite else math.inf, skipped=not finite, loss_scale=scale)
+
+    def _update(self, gradients: Mapping[str, torch.Tensor], norm: float) -> None:
+        clip_(list(gradients.values()), norm, self._recipe.grad_clip)
+        for name, master in self._masters.items():
+            master.grad = gradients[name]
+        self._optimizer.step()
+        self._after_update()
 
     def forward(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, ...]]:
         """See `Engine.forward`."""
@@ -302,6 +306,16 @@ class ReplicatedEngine(TorchEngine):
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         return {name: self._reducer.main_gradient(p) for name, p in self._params.items()}
+
+    def _update(self, gradients: Mapping[str, torch.Tensor], norm: float) -> None:
+        weights = {self._masters[name]: param for name, param in self._params.items()}
+        if not OnePassAdamW.fits(self._optimizer, weights):
+            super()._update(gradients, norm)
+            return
+        assert isinstance(self._optimizer, torch.optim.AdamW)
+        of_masters = {self._masters[name]: gradient for name, gradient in gradients.items()}
+        factor = clip_factor(norm, self._recipe.grad_clip)
+        OnePassAdamW(self._optimizer, weights).step(of_masters, factor)
 
     def _after_update(self) -> None:
         with torch.no_grad():

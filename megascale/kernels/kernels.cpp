@@ -208,6 +208,39 @@ void accumulate(float* total, const T* values, int64_t n) {
   }
 }
 
+// ---- AdamW: clipping, update and rounding
+
+struct AdamW {
+  float factor;          // of the gradient
+  float shrink;          // of the master: 1 - lr * decay
+  float beta1, beta2;
+  float lr;              // divided by the first moment's bias correction
+  float root;            // of the second moment's
+  float eps;
+};
+
+template <typename T>
+void adamw(float* master, float* first, float* second, const float* grad, T* weight, int64_t n,
+           const AdamW& by) {
+#pragma omp parallel for if (n > PIECE)
+  for (int64_t begin = 0; begin < n; begin += PIECE)
+    along(begin, begin + PIECE < n ? begin + PIECE : n, [&](int64_t i, auto number) {
+      auto g = number, m = number, v = number;
+      load(number, master + i);
+      load(g, grad + i);
+      load(m, first + i);
+      load(v, second + i);
+      g = g * by.factor;
+      m = m + (g - m) * (1.0f - by.beta1);
+      v = v * by.beta2 + g * g * (1.0f - by.beta2);
+      number = number * by.shrink - m / (root(v) / by.root + by.eps) * by.lr;
+      store(first + i, m);
+      store(second + i, v);
+      store(master + i, number);
+      store(weight + i, number);
+    });
+}
+
 // ---- GELU
 
 template <typename F, typename T>
@@ -289,6 +322,11 @@ extern "C" void keep_mask_int64(const int64_t* keys, int64_t samples, int64_t si
   extern "C" void gelu_tanh_backward_##NAME(const T* x, const T* grad, T* out, int64_t n) {       \
     gelu_backward<Tanh>(x, grad, out, n);                                                         \
   }
+
+extern "C" void adamw_bfloat16(float* master, float* first, float* second, const float* grad,
+                               bf16* weight, int64_t n, const float* by) {
+  adamw(master, first, second, grad, weight, n, {by[0], by[1], by[2], by[3], by[4], by[5], by[6]});
+}
 
 FOR_TYPE(float32, float)
 FOR_TYPE(bfloat16, bf16)

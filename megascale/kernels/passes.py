@@ -167,6 +167,28 @@ def accumulate_(total: Tensor, values: Tensor) -> None:
     LIBRARY.call("accumulate", values.dtype, total, values, values.numel())
 
 
+def adamw_(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    numbers: tuple[float, ...],
+) -> None:
+    """An update of AdamW, in place, and the master rounded to the weight; see `OnePassAdamW`.
+
+    Args:
+        master, exp_avg, exp_avg_sq, grad: fp32. weight: bf16. All contiguous, of one shape.
+        numbers: factor of the gradient, 1 - lr * decay, both betas, lr / (1 - beta1^t),
+            sqrt(1 - beta2^t), eps.
+    """
+    tensors = master, exp_avg, exp_avg_sq, grad, weight
+    assert all(t.shape == master.shape for t in tensors)
+    assert all(t.dtype == torch.float32 for t in tensors[:4])
+    by = torch.tensor(numbers, dtype=torch.float32)
+    LIBRARY.call("adamw", weight.dtype, *tensors, master.numel(), by)
+
+
 def keep_mask(
     keys: Tensor, site: int, rows: Tensor, places: Tensor, full: int, bound: int
 ) -> Tensor:

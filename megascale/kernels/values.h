@@ -94,6 +94,17 @@ inline V at_least(float bound, const V& value) {
   return larger(all_of<V>(bound), value);
 }
 
+inline float root(float value) { return std::sqrt(value); }
+inline Lanes root(const Lanes& value) {
+#ifdef __AVX512F__
+  return (Lanes)_mm512_sqrt_ps((__m512)value);
+#else
+  Lanes found;
+  for (int64_t i = 0; i < LANES; ++i) found[i] = std::sqrt(value[i]);
+  return found;
+#endif
+}
+
 inline float reciprocal(float value) { return 1.0f / value; }
 inline Lanes reciprocal(const Lanes& value) {
 #ifdef __AVX512F__  // a step of Newton's from 14 bits; dividing takes ten times as long as this

@@ -32,5 +32,11 @@ def global_norm(
 
 def clip_(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
     """Scale `gradients` in place so that their global norm is at most `max_norm` (0: never)."""
-    if max_norm > 0 and norm > max_norm and gradients:
-        torch._foreach_mul_(list(gradients), max_norm / (norm + 1e-6))
+    factor = clip_factor(norm, max_norm)
+    if factor != 1.0 and gradients:
+        torch._foreach_mul_(list(gradients), factor)
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this global norm are multiplied with; see `clip_`."""
+    return max_norm / (norm + 1e-6) if 0 < max_norm < norm else 1.0
