@@ -212,6 +212,14 @@ def gelu(x: Tensor, name: GeluName) -> Tensor:
     return _Gelu.apply(x.contiguous(), name)
 
 
+def gelu_again_(x: Tensor, grad: Tensor, name: GeluName) -> Tensor:
+    """GELU of x once more, and its gradient, which becomes that of x in place; both contiguous."""
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    out = torch.empty_like(x)
+    LIBRARY.call(f"{name}_again", x.dtype, x, grad, out, x.numel())
+    return out
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: GeluName) -> Tensor:

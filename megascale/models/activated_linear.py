@@ -8,9 +8,9 @@ layer of GPT-2 keeps 4 B T D fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from torch.autograd.function import once_differentiable
 from megascale.models.linear import Linear, Products, linear
 
 Recompute = Literal["auto", "always", "never"]
+
+
+@runtime_checkable
+class Reentrant(Protocol):
+    """An activation of one tensor that gives its result and its gradient in one pass."""
+
+    def again_(self, x: Tensor, grad: Tensor, /) -> Tensor | None:
+        """The activation of `x`, while its gradient becomes that of `x` in place; None, and nothing
+        done, where it cannot."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,30 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         _, of_weight, of_bias, *of_inputs = ctx.needs_input_grad
-        with torch.enable_grad():
-            own = [t.detach().requires_grad_(n) for t, n in zip(inputs, of_inputs, strict=True)]
-            activated = ctx.activation(*own)
-        of_parameters = ctx.products.gradients(grad, activated.detach(), of_weight, of_bias)
-        wanted = [t for t in own if t.requires_grad]
-        found: Iterator[Tensor] = iter(())
-        if wanted:
-            of_activated = ctx.products.input_gradient(grad, weight)
-            found = iter(torch.autograd.grad(activated, wanted, of_activated))
-        return None, *of_parameters, *(next(found) if t.requires_grad else None for t in own)
+        of_activated = ctx.products.input_gradient(grad, weight) if any(of_inputs) else None
+        activated, found = _again(ctx.activation, inputs, of_inputs, of_activated)
+        return None, *ctx.products.gradients(grad, activated, of_weight, of_bias), *found
+
+
+def _again(
+    activation: Callable[..., Tensor],
+    inputs: list[Tensor],
+    wanted: list[bool],
+    of_activated: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The activation of the inputs, and the gradients of those for which it is wanted.
+
+    Args:
+        of_activated: the result's gradient, which is used up; None where no other is wanted.
+    """
+    if isinstance(activation, Reentrant) and of_activated is not None:
+        (x,) = inputs
+        activated = activation.again_(x, of_activated)
+        if activated is not None:
+            return activated, [of_activated]
+    with torch.enable_grad():
+        own = [t.detach().requires_grad_(n) for t, n in zip(inputs, wanted, strict=True)]
+        activated = activation(*own)
+    needed = [t for t in own if t.requires_grad]
+    found = iter(torch.autograd.grad(activated, needed, of_activated) if needed else ())
+    return activated.detach(), [next(found) if t.requires_grad else None for t in own]

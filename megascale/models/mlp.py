@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
@@ -16,14 +17,26 @@ from megascale.models.linear import Linear
 ActivationName = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact one, by erf."""
-    return passes.gelu(x, "gelu") if LIBRARY.takes(x) else F.gelu(x)
+@dataclass(frozen=True)
+class Gelu:
+    """The exact one, by erf, or GPT-2's approximation, by tanh."""
+
+    name: passes.GeluName
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        if LIBRARY.takes(x):
+            return passes.gelu(x, self.name)
+        return F.gelu(x, approximate="tanh" if self.name == "gelu_tanh" else "none")
+
+    def again_(self, x: Tensor, grad: Tensor) -> Tensor | None:
+        """See `Reentrant.again_`."""
+        if LIBRARY.takes(x) and x.is_contiguous() and grad.is_contiguous():
+            return passes.gelu_again_(x, grad, self.name)
+        return None
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's approximation."""
-    return passes.gelu(x, "gelu_tanh") if LIBRARY.takes(x) else F.gelu(x, approximate="tanh")
+gelu, gelu_tanh = Gelu("gelu"), Gelu("gelu_tanh")
 
 
 def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -33,7 +46,7 @@ def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], T
     return product
 
 
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh}
+_PLAIN: dict[str, Gelu] = {"gelu": gelu, "gelu_tanh": gelu_tanh}
 _GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "swiglu": _gated(F.silu),
     "geglu": _gated(gelu),

@@ -36,8 +36,9 @@ def products(tokens: int, inputs: int, outputs: int, layers: int = 1) -> int:
     return 3 * 2 * tokens * inputs * outputs * layers
 
 
-def test_time_is_divided_and_flops_are_exact(config: Path) -> None:
-    found = profiled(config, "model.dropout=0.1")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # torch's products, and compiled ones
+def test_time_is_divided_and_flops_are_exact(config: Path, dtype: str) -> None:
+    found = profiled(config, "model.dropout=0.1", f"precision.dtype={dtype}")
     modules, whole = found["modules"], found["wall_seconds"]
     totals = [sum(s["seconds"] for s in found[k].values()) for k in ("phases", "modules", "kinds")]
     assert totals == pytest.approx([totals[0]] * 3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from megascale.kernels import passes
+from megascale.kernels.library import LIBRARY
 from megascale.models.activated_linear import Recompute
 from megascale.models.mlp import MLP, ActivationName, is_gated
 
@@ -38,6 +41,27 @@ def test_output_and_gradients(activation: ActivationName, bias: bool) -> None:
         assert kept is not None
         for other in again:
             torch.testing.assert_close(other, kept, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_compiled_activation_and_its_gradient_come_together(
+    activation: ActivationName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert LIBRARY.enable("auto", torch.device("cpu")) is None
+    kernel = mock.Mock(wraps=passes.gelu_again_)
+    monkeypatch.setattr(passes, "gelu_again_", kernel)
+    found = []
+    for recompute in ("never", "always"):
+        mlp = built(activation, True, recompute).bfloat16()
+        x = hidden().bfloat16().requires_grad_()
+        mlp(x).float().square().sum().backward()
+        found.append([x.grad, *(p.grad for p in mlp.parameters())])
+    LIBRARY.enable("never", torch.device("cpu"))
+    assert kernel.call_count == 1
+    for kept, again in zip(*found, strict=True):
+        assert kept is not None
+        assert again is not None
+        assert torch.equal(again, kept)
 
 
 @pytest.mark.parametrize("frozen", ["up", "down", "gate"])

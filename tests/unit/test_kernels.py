@@ -73,6 +73,17 @@ def test_gelu_and_its_gradient(name: passes.GeluName, dtype: torch.dtype) -> Non
     near(own.grad, values.grad, dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_gelu_again_with_its_gradient(name: passes.GeluName, dtype: torch.dtype) -> None:
+    x, grad = drawn(3, 33, 7).to(dtype).requires_grad_(), drawn(3, 33, 7, seed=2).to(dtype)
+    wanted = passes.gelu(x, name)
+    wanted.backward(grad)
+    assert x.grad is not None
+    assert torch.equal(passes.gelu_again_(x.detach(), grad, name), wanted)
+    assert torch.equal(grad, x.grad)
+
+
 MASKS = [
     # local shape, places along each dim of the whole, its shape
     ((7,), None, None),
