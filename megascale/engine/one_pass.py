@@ -73,11 +73,12 @@ class OnePassAdamW:
         lr, decay, eps = (float(group[name]) for name in ("lr", "weight_decay", "eps"))
         betas = tuple(float(beta) for beta in group["betas"])
         first, second = (1.0 - beta ** state["step"].item() for beta in betas)
+        remainders = (1.0 - beta for beta in betas)  # not in fp32, which has few digits of them
         passes.adamw_(
             master.detach(),
             state["exp_avg"],
             state["exp_avg_sq"],
             gradient,
             self._weights[master].detach(),
-            (factor, 1.0 - lr * decay, *betas, lr / first, math.sqrt(second), eps),
+            (factor, 1.0 - lr * decay, *remainders, lr / first, math.sqrt(second), eps),
         )

@@ -24,7 +24,7 @@ from megascale.engine.pipeline import Pipeline
 from megascale.engine.protocol import MicroBatch, OptimizerRecipe, StepOutcome
 from megascale.kernels.library import LIBRARY
 from megascale.models.embedding import TokenEmbedding
-from megascale.models.gradient_sink import attach_sink
+from megascale.models.gradient_sink import attach_sink, detach_sink
 from megascale.models.linear import Linear
 from megascale.parallel.fragment import Fragment, whole_box
 from megascale.parallel.gradient_norm import clip_, clip_factor, global_norm
@@ -302,6 +302,8 @@ class ReplicatedEngine(TorchEngine):
 
     def close(self) -> None:
         """See `Engine.close`."""
+        for param in self._params.values():
+            detach_sink(param)
         self._reducer.close()
 
     def _gradients(self) -> dict[str, torch.Tensor]:

@@ -2,8 +2,9 @@
 // operation.
 //
 // Every function is one pass over rows of bf16 or fp32 values that computes in fp32. No header of
-// torch is needed: Python hands over addresses (library.py). Loops are plain so that the compiler
-// vectorises them; threads are those of torch, whose OpenMP runtime the loader finds.
+// torch is needed: Python hands over addresses (library.py). Loops are plain, so that the compiler
+// vectorises them, or go along 16 numbers at a time (values.h); threads are those of torch, whose
+// OpenMP runtime the loader finds.
 
 #include <limits>
 #include <vector>
@@ -15,7 +16,7 @@ namespace {
 // The normal distribution's function and density; erfc as in Abramowitz and Stegun, 7.1.26.
 template <typename V>
 inline V normal_cdf(const V& x) {
-  const V size = larger(x, -x) * 0.70710678118654752f;
+  const V size = at_least(-1e6f, -larger(x, -x)) * -0.70710678118654752f;  // finite
   const V t = reciprocal(size * 0.3275911f + 1.0f);
   V sum = t * 1.061405429f - 1.453152027f;
   sum = sum * t + 1.421413741f;
@@ -211,14 +212,16 @@ void accumulate(float* total, const T* values, int64_t n) {
 // ---- AdamW: clipping, update and rounding
 
 struct AdamW {
-  float factor;  // of the gradient
-  float shrink;  // of the master: 1 - lr * decay
-  float beta1, beta2;
-  float lr;    // divided by the first moment's bias correction
-  float root;  // of the second moment's
+  float factor;        // of the gradient
+  float shrink;        // of the master: 1 - lr * decay
+  float from1, from2;  // 1 - beta of the moments
+  float lr;            // divided by the first moment's bias correction
+  float root;          // of the second moment's
   float eps;
 };
 
+// Each sum has one product at most, so that a compiler that makes one operation of both has no
+// choice which: a number's bits do not depend on whether it is one of 16 or one of the rest.
 template <typename T>
 void adamw(float* master, float* first, float* second, const float* grad, T* weight, int64_t n,
            const AdamW& by) {
@@ -231,9 +234,9 @@ void adamw(float* master, float* first, float* second, const float* grad, T* wei
       load(m, first + i);
       load(v, second + i);
       g = g * by.factor;
-      m = m + (g - m) * (1.0f - by.beta1);
-      v = v * by.beta2 + g * g * (1.0f - by.beta2);
-      number = number * by.shrink - m / (root(v) / by.root + by.eps) * by.lr;
+      m = m + (g - m) * by.from1;
+      v = v + (g * g - v) * by.from2;
+      number = number * by.shrink - (m * by.lr) / (root(v) / by.root + by.eps);
       store(first + i, m);
       store(second + i, v);
       store(master + i, number);

@@ -128,6 +128,9 @@ def product_(
     turned = b.stride(1) != 1
     wide = out.dtype == torch.float32
     assert (depth, depth % 2, out.shape) == (len(b), 0, (rows, columns)), (a.shape, b.shape)
+    assert depth > 0
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert out.dtype in (torch.bfloat16, torch.float32)
     assert a.stride(1) == out.stride(1) == b.stride(0 if turned else 1) == 1
     assert wide or not add
     strides = a.stride(0), b.stride(1 if turned else 0), out.stride(0)
@@ -153,6 +156,7 @@ def weight_gradient_(
     grad, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad, x))
     (tokens, outputs), inputs = grad.shape, x.shape[1]
     assert (total.shape, total.dtype) == ((outputs, inputs), torch.float32)
+    assert grad.dtype == x.dtype == torch.bfloat16
     assert len(x) == tokens
     assert sums is None or (sums.shape, sums.dtype) == ((outputs,), torch.float32)
     sizes = outputs, inputs, tokens, grad.stride(0), x.stride(0)
@@ -179,8 +183,8 @@ def adamw_(
 
     Args:
         master, exp_avg, exp_avg_sq, grad: fp32. weight: bf16. All contiguous, of one shape.
-        numbers: factor of the gradient, 1 - lr * decay, both betas, lr / (1 - beta1^t),
-            sqrt(1 - beta2^t), eps.
+        numbers: factor of the gradient, 1 - lr * decay, 1 - beta1, 1 - beta2,
+            lr / (1 - beta1^t), sqrt(1 - beta2^t), eps.
     """
     tensors = master, exp_avg, exp_avg_sq, grad, weight
     assert all(t.shape == master.shape for t in tensors)

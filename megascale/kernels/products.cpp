@@ -2,12 +2,11 @@
 //
 //   output           Y  = X W^T + b     rows of X are tokens: A as it lies; W^T is packed
 //   input gradient   dX = dY W          likewise
-//   weight gradient  dW += dY^T X       in fp32, to the sum of all micro-batches; dY^T is packed,
-//   too
+//   weight gradient  dW += dY^T X       in fp32, to the sum of all micro-batches; dY^T is packed
 //
 // B is packed by panels of 64 columns, a pair of its rows in each word, as tiles (blocks.h) read
-// it; of A 64 or 128 rows meet a panel, 512 of the inner dimension at a time, which stay in the
-// caches (the order of loops is that of arXiv:1609.00076 but for the fourth, around rows of B).
+// it; of A 64 or 128 rows meet a panel, at most 4,096 of the inner dimension at a time, so that
+// what they share stays in the second-level cache.
 
 #include <algorithm>
 #include <memory>

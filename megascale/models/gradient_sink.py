@@ -33,6 +33,12 @@ def attach_sink(param: nn.Parameter, sink: GradientSink) -> None:
     param.megascale_sink = sink  # type: ignore[attr-defined]
 
 
+def detach_sink(param: nn.Parameter) -> None:
+    """Take it away: autograd hands the parameter's gradient on again."""
+    if sink_of(param) is not None:
+        del param.megascale_sink  # type: ignore[attr-defined]
+
+
 def sink_of(param: Tensor) -> GradientSink | None:
     """The parameter's sink, if it has one."""
     return getattr(param, "megascale_sink", None)

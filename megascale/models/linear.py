@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``: (..., I), (O, I), (O,) -> (..., O)."""
-    if torch.is_grad_enabled() and sink_of(weight) is not None:
+    if torch.is_grad_enabled() and sink_of(weight) is not None and x.dim() > 1:
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -87,8 +87,11 @@ class Products:
             of_weight, of_bias: whether they are wanted.
 
         Returns:
-            What autograd is to hand on; None where it was not wanted or went to the sink.
+            What autograd is to hand on; None where it was not wanted or went to the sinks, which
+            get both or none.
         """
+        if not (of_weight or of_bias):
+            return None, None
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
         if self._weight is None:
             return rows.t() @ inputs if of_weight else None, rows.sum(0) if of_bias else None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megascale.errors import UserError
 from megascale.kernels import library, passes
-from megascale.kernels.library import LIBRARY
+from megascale.kernels.library import LIBRARY, Library
 from megascale.models import blockwise_attention
 from megascale.models.attention import CoreAttention, Visibility
 from megascale.models.dropout import keep_mask, sample_keys
@@ -71,6 +72,19 @@ def test_gelu_and_its_gradient(name: passes.GeluName, dtype: torch.dtype) -> Non
     reference = F.gelu(values.detach(), approximate="tanh" if name == "gelu_tanh" else "none")
     near(out.detach(), reference, dtype)
     near(own.grad, values.grad, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_gelu_of_what_is_not_finite(name: passes.GeluName, dtype: torch.dtype) -> None:
+    """The same for one of 16 numbers and for one of the rest."""
+    values = torch.zeros(17, dtype=dtype)
+    for bad in (math.inf, math.nan):
+        values[3] = values[16] = bad
+        found = passes.gelu(values, name)
+        torch.testing.assert_close(found[3], values[3], equal_nan=True)
+        torch.testing.assert_close(found[16], values[16], equal_nan=True)
+        assert not found[4:16].any()
 
 
 @DTYPES
@@ -162,21 +176,25 @@ def test_attention_and_its_gradients(
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.05)])
+@pytest.mark.parametrize("words", [301, 302])  # odd: not by compiled products
 @DTYPES
 def test_the_loss_of_a_head(
-    dtype: torch.dtype, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, words: int, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Library, "has_fast_products", property(lambda library: library.enabled))
+    product = mock.Mock(wraps=fused.product_)
+    monkeypatch.setattr(fused, "product_", product)
     monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 301 * 8)
     monkeypatch.setattr(fused, "GROUP_BYTES", 301 * 8 * 16)
     monkeypatch.setattr(fused, "PART_ELEMENTS", 16 * 64)
-    terms = LossTerms(301, label_smoothing=smoothing, z_loss=z_loss)
+    terms = LossTerms(words, label_smoothing=smoothing, z_loss=z_loss)
     labels = torch.arange(50) * 6
     labels[[3, 49]] = -100
     results = []
     for kind in (torch.float64, dtype):
         values = [
             drawn(*shape, seed=seed, scale=1).to(kind).requires_grad_()
-            for seed, shape in enumerate([(50, 16), (301, 16), (301,)])
+            for seed, shape in enumerate([(50, 16), (words, 16), (words,)])
         ]
         loss = linear_cross_entropy(*values, labels, terms)
         loss.backward()
@@ -184,6 +202,7 @@ def test_the_loss_of_a_head(
         results[-1].append(loss.detach().to(kind))
     for wanted, found in zip(*results, strict=True):
         near(found, wanted, dtype)
+    assert product.called == (words % 2 == 0 and dtype == torch.bfloat16)
 
 
 def test_a_loss_that_is_not_finite_is_seen() -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megascale.kernels.library import LIBRARY, Library
 from megascale.kernels.passes import product_, weight_gradient_
 from megascale.models.activated_linear import ActivatedLinear, ActivatedProduct
-from megascale.models.gradient_sink import attach_sink
+from megascale.models.gradient_sink import attach_sink, detach_sink
 from megascale.models.linear import Linear
 from megascale.models.mlp import MLP
 from megascale.parallel import gradient_reducer
@@ -165,6 +166,42 @@ def test_layers_add_to_sinks_what_autograd_hands_on(kind: str, bias: bool) -> No
         assert one is not None
         assert x.grad is not None
         assert torch.equal(one, x.grad)
+
+
+def test_layers_that_run_twice_and_again() -> None:
+    """A layer that is used twice, and is run again for the backward."""
+    found = []
+    for sinks in (True, False):
+        layer = Linear(20, 20).bfloat16()
+        with torch.no_grad():
+            for seed, param in enumerate(layer.parameters()):
+                param.copy_(small(*param.shape, seed=seed))
+
+        class Twice(nn.Module):
+            def __init__(self, inner: Linear) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                again = checkpoint(self.inner, x, use_reentrant=False)
+                return again + self.inner(torch.sign(x))
+
+        inputs = [small(4, 20, seed=s).requires_grad_() for s in (1, 2)]
+        found.append(main_gradients(Twice(layer), inputs, sinks))
+    for name, wanted in found[1].items():
+        assert wanted.any()
+        assert torch.equal(found[0][name], wanted), name
+
+
+def test_a_closed_engine_leaves_no_sink() -> None:
+    layer = Linear(4, 4).bfloat16()
+    reducer = GradientReducer(list(layer.parameters()), None)
+    attach_sink(layer.weight, ReducerSink(reducer, layer.weight))
+    detach_sink(layer.weight)
+    detach_sink(layer.weight)
+    reducer.close()
+    layer(small(2, 4, seed=1)).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_sums_are_not_rounded() -> None:
