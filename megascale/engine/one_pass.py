@@ -23,21 +23,23 @@ class OnePassAdamW:
     Groups and state stay the optimizer's, as its own step would leave them.
 
     Args:
-        optimizer: see `fits`.
+        optimizer: see `of`.
         weights: master -> weight of its shape.
     """
 
     def __init__(self, optimizer: torch.optim.AdamW, weights: Mapping[Tensor, Tensor]) -> None:
         self._optimizer, self._weights = optimizer, dict(weights)
 
-    @staticmethod
-    def fits(optimizer: torch.optim.Optimizer, weights: Mapping[Tensor, Tensor]) -> bool:
-        """Whether it may take the place of the optimizer's own step: fused AdamW (arXiv:1711.05101)
-        of weights that go to compiled functions."""
+    @classmethod
+    def of(
+        cls, optimizer: torch.optim.Optimizer, weights: Mapping[Tensor, Tensor]
+    ) -> OnePassAdamW | None:
+        """What takes the place of the optimizer's own step; None where it is not a fused AdamW
+        (arXiv:1711.05101) of weights that go to compiled functions."""
         if type(optimizer) is not torch.optim.AdamW:
-            return False
+            return None
         usual = all(g["fused"] and not g["amsgrad"] for g in optimizer.param_groups)
-        return usual and all(
+        fits = usual and all(
             weight.dtype == torch.bfloat16
             and LIBRARY.takes(weight)
             and weight.is_contiguous()
@@ -45,6 +47,7 @@ class OnePassAdamW:
             and master.is_contiguous()
             for master, weight in weights.items()
         )
+        return cls(optimizer, weights) if fits else None
 
     def step(self, gradients: Mapping[Tensor, Tensor], factor: float) -> None:
         """Update all masters and weights.

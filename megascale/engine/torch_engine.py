@@ -261,11 +261,13 @@ class ReplicatedEngine(TorchEngine):
         if layout is not None:
             self._pipeline = Pipeline(module, layout, mesh, dtype)
         else:  # whose forwards and backwards of micro-batches do not interleave
-            self._attach_sinks(dtype)
+            self._attach_sinks()
         self._build_optimizer()
+        weights = {self._masters[name]: param for name, param in self._params.items()}
+        self._one_pass = OnePassAdamW.of(self._optimizer, weights)
 
-    def _attach_sinks(self, dtype: torch.dtype) -> None:
-        fast = LIBRARY.has_fast_products and dtype == torch.bfloat16
+    def _attach_sinks(self) -> None:
+        fast = all(LIBRARY.multiplies(param) for param in self._params.values())
         for part in self.module.modules():
             names: tuple[str, ...] = ()
             if isinstance(part, (TokenEmbedding, VocabParallelEmbedding)):
@@ -310,14 +312,11 @@ class ReplicatedEngine(TorchEngine):
         return {name: self._reducer.main_gradient(p) for name, p in self._params.items()}
 
     def _update(self, gradients: Mapping[str, torch.Tensor], norm: float) -> None:
-        weights = {self._masters[name]: param for name, param in self._params.items()}
-        if not OnePassAdamW.fits(self._optimizer, weights):
+        if self._one_pass is None:
             super()._update(gradients, norm)
             return
-        assert isinstance(self._optimizer, torch.optim.AdamW)
         of_masters = {self._masters[name]: gradient for name, gradient in gradients.items()}
-        factor = clip_factor(norm, self._recipe.grad_clip)
-        OnePassAdamW(self._optimizer, weights).step(of_masters, factor)
+        self._one_pass.step(of_masters, clip_factor(norm, self._recipe.grad_clip))
 
     def _after_update(self) -> None:
         with torch.no_grad():

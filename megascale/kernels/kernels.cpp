@@ -256,29 +256,17 @@ void gelu(const T* x, T* out, int64_t n) {
     });
 }
 
+// out, which may be grad itself, becomes the gradient of x; again, unless null, its GELU once more.
 template <typename F, typename T>
-void gelu_backward(const T* x, const T* grad, T* out, int64_t n) {
+void gelu_backward(const T* x, const T* grad, T* out, T* again, int64_t n) {
 #pragma omp parallel for if (n > PIECE)
   for (int64_t begin = 0; begin < n; begin += PIECE)
     along(begin, begin + PIECE < n ? begin + PIECE : n, [&](int64_t i, auto value) {
       auto of_value = value;
       load(value, x + i);
       load(of_value, grad + i);
+      if (again) store(again + i, F::value(value));
       store(out + i, of_value * F::slope(value));
-    });
-}
-
-// Both at once: out is the activation of x, and grad, of it, becomes that of x.
-template <typename F, typename T>
-void gelu_again(const T* x, T* grad, T* out, int64_t n) {
-#pragma omp parallel for if (n > PIECE)
-  for (int64_t begin = 0; begin < n; begin += PIECE)
-    along(begin, begin + PIECE < n ? begin + PIECE : n, [&](int64_t i, auto value) {
-      auto of_value = value;
-      load(value, x + i);
-      load(of_value, grad + i);
-      store(out + i, F::value(value));
-      store(grad + i, of_value * F::slope(value));
     });
 }
 
@@ -333,17 +321,12 @@ extern "C" void keep_mask_int64(const int64_t* keys, int64_t samples, int64_t si
   }                                                                                               \
   extern "C" void gelu_##NAME(const T* x, T* out, int64_t n) { gelu<Erf>(x, out, n); }            \
   extern "C" void gelu_tanh_##NAME(const T* x, T* out, int64_t n) { gelu<Tanh>(x, out, n); }      \
-  extern "C" void gelu_backward_##NAME(const T* x, const T* grad, T* out, int64_t n) {            \
-    gelu_backward<Erf>(x, grad, out, n);                                                          \
+  extern "C" void gelu_backward_##NAME(const T* x, const T* grad, T* out, T* again, int64_t n) {  \
+    gelu_backward<Erf>(x, grad, out, again, n);                                                   \
   }                                                                                               \
-  extern "C" void gelu_again_##NAME(const T* x, T* grad, T* out, int64_t n) {                     \
-    gelu_again<Erf>(x, grad, out, n);                                                             \
-  }                                                                                               \
-  extern "C" void gelu_tanh_again_##NAME(const T* x, T* grad, T* out, int64_t n) {                \
-    gelu_again<Tanh>(x, grad, out, n);                                                            \
-  }                                                                                               \
-  extern "C" void gelu_tanh_backward_##NAME(const T* x, const T* grad, T* out, int64_t n) {       \
-    gelu_backward<Tanh>(x, grad, out, n);                                                         \
+  extern "C" void gelu_tanh_backward_##NAME(const T* x, const T* grad, T* out, T* again,          \
+                                            int64_t n) {                                          \
+    gelu_backward<Tanh>(x, grad, out, again, n);                                                  \
   }
 
 extern "C" void adamw_bfloat16(float* master, float* first, float* second, const float* grad,

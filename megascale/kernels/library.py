@@ -95,6 +95,10 @@ class Library:
         """Whether there are compiled functions."""
         return bool(self.dtypes)
 
+    def multiplies(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's matrix products go to the compiled functions."""
+        return tensor.dtype == torch.bfloat16 and self.takes(tensor) and self.has_fast_products
+
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor goes to the compiled functions."""
         return tensor.dtype in self.dtypes and tensor.device.type == "cpu"

@@ -115,6 +115,11 @@ def _layout(kv_heads: int, *tensors: Tensor) -> tuple[tuple[int, ...], tuple[int
     return (samples, heads, kv_heads, length, width), strides
 
 
+def multiplies(weight: Tensor) -> bool:
+    """Whether `product_` takes the products of a linear layer with this weight."""
+    return LIBRARY.multiplies(weight) and all(size % 2 == 0 for size in weight.shape)
+
+
 def product_(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, *, add: bool = False
 ) -> Tensor:
@@ -220,7 +225,7 @@ def gelu_again_(x: Tensor, grad: Tensor, name: GeluName) -> Tensor:
     """GELU of x once more, and its gradient, which becomes that of x in place; both contiguous."""
     assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
     out = torch.empty_like(x)
-    LIBRARY.call(f"{name}_again", x.dtype, x, grad, out, x.numel())
+    LIBRARY.call(f"{name}_backward", x.dtype, x, grad, grad, out, x.numel())
     return out
 
 
@@ -237,6 +242,6 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        arguments = x, grad.contiguous(), out, x.numel()
+        arguments = x, grad.contiguous(), out, None, x.numel()
         LIBRARY.call(f"{ctx.name}_backward", x.dtype, *arguments)
         return out, None

@@ -25,9 +25,9 @@ def compiled_attention(
     fill its vectors or are fewer than the threads, and keys that are seen with gaps.
     """
     heads = key.shape[0] * key.shape[1]
-    if query.dtype != torch.bfloat16 or query.shape[-1] % _LANES or heads < torch.get_num_threads():
+    if query.shape[-1] % _LANES or heads < torch.get_num_threads():
         return None
-    if not LIBRARY.takes(query) or not LIBRARY.has_fast_products:
+    if not LIBRARY.multiplies(query):
         return None
     seen = visibility.intervals(query.shape[2])
     return None if seen is None else _CompiledAttention.apply(query, key, value, seen, scale)

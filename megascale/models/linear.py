@@ -60,7 +60,7 @@ class Products:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = sink_of(weight)
         self._bias = None if bias is None else sink_of(bias)
-        self._compiled = self._weight is not None and all(n % 2 == 0 for n in weight.shape)
+        self._compiled = self._weight is not None and passes.multiplies(weight)
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: (..., I) -> (..., O)."""

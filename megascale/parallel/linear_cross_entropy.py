@@ -28,7 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascale.kernels.library import LIBRARY
-from megascale.kernels.passes import accumulate_, probabilities_, product_, weight_gradient_
+from megascale.kernels.passes import (
+    accumulate_,
+    multiplies,
+    probabilities_,
+    product_,
+    weight_gradient_,
+)
 from megascale.models.gradient_sink import sink_of
 from megascale.wide import wide_dtype, widen
 
@@ -139,9 +145,7 @@ class _Pass:
         self._weight: Tensor | None = place
         self._bias: Tensor | None = None
         self._first = True  # nothing was added to the weight's gradient yet
-        even = all(size % 2 == 0 for size in weight.shape)
-        self._compiled = even and hidden.dtype == torch.bfloat16 and LIBRARY.takes(hidden)
-        self._compiled = self._compiled and LIBRARY.has_fast_products
+        self._compiled = multiplies(weight)
 
     @property
     def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

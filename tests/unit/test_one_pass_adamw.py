@@ -49,11 +49,12 @@ def test_updates_are_those_of_torch(betas: tuple[float, float]) -> None:
     own, other = masters(), masters()
     weights = {master: master.detach().bfloat16() for master in own}
     optimizer, wanted = optimizer_of(own, betas), optimizer_of(other, betas)
-    assert OnePassAdamW.fits(optimizer, weights)
+    one_pass = OnePassAdamW.of(optimizer, weights)
+    assert one_pass is not None
     for step in range(5):
         found = gradients(step)
         before = [g.clone() for g in found]
-        OnePassAdamW(optimizer, weights).step(dict(zip(own, found, strict=True)), FACTOR)
+        one_pass.step(dict(zip(own, found, strict=True)), FACTOR)
         assert all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
         for master, gradient in zip(other, gradients(step), strict=True):
             master.grad = gradient * FACTOR
@@ -108,4 +109,4 @@ def test_what_it_does_not_take(other: str) -> None:
         optimizer = type("Own", (torch.optim.AdamW,), {})(own, fused=True)
     else:
         LIBRARY.enable("never", CPU)
-    assert not OnePassAdamW.fits(optimizer, weights)
+    assert OnePassAdamW.of(optimizer, weights) is None

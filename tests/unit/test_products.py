@@ -193,7 +193,7 @@ def test_layers_that_run_twice_and_again() -> None:
         assert torch.equal(found[0][name], wanted), name
 
 
-def test_a_closed_engine_leaves_no_sink() -> None:
+def test_what_lost_its_sink_has_a_gradient_of_its_own() -> None:
     layer = Linear(4, 4).bfloat16()
     reducer = GradientReducer(list(layer.parameters()), None)
     attach_sink(layer.weight, ReducerSink(reducer, layer.weight))
